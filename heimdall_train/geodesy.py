@@ -6,18 +6,18 @@
 __all__ = ['SEMI_MAJOR_AXIS', 'FLATTENING', 'ECCENTRICITY_SQUARED', 'SPEED_OF_LIGHT', 'geodetic_to_ecef', 'ecef_to_geodetic',
            'Frame', 'ranges', 'hdop']
 
-# %% ../nbs/00_geodesy.ipynb #2f8af4ec
+# %% ../nbs/00_geodesy.ipynb #e3f570dd
 from dataclasses import dataclass
 
 import numpy as np
 
-# %% ../nbs/00_geodesy.ipynb #9a5d5b04
+# %% ../nbs/00_geodesy.ipynb #1e2ae186
 SEMI_MAJOR_AXIS = 6378137.0  # m, WGS84
 FLATTENING = 1 / 298.257223563  # WGS84
 ECCENTRICITY_SQUARED = FLATTENING * (2 - FLATTENING)
 SPEED_OF_LIGHT = 299792458 / 1.000315  # m/s in air at ground level
 
-# %% ../nbs/00_geodesy.ipynb #38e0da6e
+# %% ../nbs/00_geodesy.ipynb #709da874
 def geodetic_to_ecef(
     latitude,  # degrees, any shape
     longitude,  # degrees, same shape
@@ -33,7 +33,7 @@ def geodetic_to_ecef(
         (normal * (1 - ECCENTRICITY_SQUARED) + height) * np.sin(phi),
     ], axis=-1)
 
-# %% ../nbs/00_geodesy.ipynb #cc11c317
+# %% ../nbs/00_geodesy.ipynb #81d1cb02
 def ecef_to_geodetic(
     ecef,  # metres, shape (…, 3)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # latitude and longitude in degrees, height in metres, each of shape (…)
@@ -51,7 +51,7 @@ def ecef_to_geodetic(
     height = axis_distance * np.cos(phi) + z * np.sin(phi) - SEMI_MAJOR_AXIS**2 / normal
     return np.degrees(phi), np.degrees(np.arctan2(y, x)), height
 
-# %% ../nbs/00_geodesy.ipynb #e5dbfb29
+# %% ../nbs/00_geodesy.ipynb #89d45a11
 @dataclass(frozen=True)
 class Frame:
     "Local east-north-up frame (metres) about a WGS84 origin."
@@ -99,45 +99,50 @@ class Frame:
         "Geodetic position of the point of a given height whose east and north are given; arithmetic and roots only, for NumPy and torch alike, within 300 km."
         return _horizontal_to_geodetic(east, north, height, self)
 
-# %% ../nbs/00_geodesy.ipynb #b462c3c3
+# %% ../nbs/00_geodesy.ipynb #a8f6ddcf
+def _constant(like, value):
+    "A float64 constant: where `like` is a tensor a tensor, because an exporter rounds bare numbers to float32."
+    return like.new_tensor(value) if hasattr(like, 'new_tensor') else value
+
+
 def _arctan_small(x):
     "Series of the arctangent for |x| < 0.1, to float64 precision."
-    square, result = x * x, 0.0
-    for order in range(17, 0, -2):
-        result = (1.0 if order % 4 == 1 else -1.0) / order + square * result
+    square = x * x
+    result = _constant(x, 1 / 17)
+    for order in range(15, 0, -2):
+        result = _constant(x, (-1) ** (order // 2) / order) + square * result
     return x * result
 
 
 def _horizontal_to_geodetic(east, north, height, frame):
     "Latitude and longitude (degrees) of the point at `height` with the given east and north of `frame`."
     phi = np.radians(frame.latitude)
-    sine, cosine = float(np.sin(phi)), float(np.cos(phi))
-    x_origin, y_origin, z_origin = (float(value) for value in frame.origin_ecef)
-    axis_origin = (x_origin**2 + y_origin**2) ** 0.5
-    tangent_origin = sine / cosine
-    semi_minor_axis = SEMI_MAJOR_AXIS * (1 - FLATTENING)
-    second_eccentricity_squared = ECCENTRICITY_SQUARED / (1 - ECCENTRICITY_SQUARED)
-    up = height - frame.height - (east * east + north * north) / (2 * SEMI_MAJOR_AXIS)
+    origin = frame.origin_ecef
+    semi_minor = SEMI_MAJOR_AXIS * (1 - FLATTENING)
+    (wanted, sine, cosine, tangent_origin, axis_origin, z_origin, flattened, polar, equatorial, eccentricity_squared, half_curvature,
+     semi_major, degrees) = (_constant(east, float(value)) for value in (
+        height, np.sin(phi), np.cos(phi), np.tan(phi), np.hypot(origin[0], origin[1]), origin[2], 1 - FLATTENING,
+        ECCENTRICITY_SQUARED / (1 - ECCENTRICITY_SQUARED) * semi_minor, ECCENTRICITY_SQUARED * SEMI_MAJOR_AXIS, ECCENTRICITY_SQUARED,
+        0.5 / SEMI_MAJOR_AXIS, SEMI_MAJOR_AXIS, 180 / np.pi))
+    up = wanted - _constant(east, float(frame.height)) - (east * east + north * north) * half_curvature
     for _ in range(4):
         meridian = axis_origin - north * sine + up * cosine
         z = z_origin + north * cosine + up * sine
         axis_distance = (meridian * meridian + east * east) ** 0.5
-        tangent = z / (axis_distance * (1 - FLATTENING))  # of the parametric latitude, then of the geodetic one
-        for _ in range(2):
-            cosine_parametric = 1 / (1 + tangent * tangent) ** 0.5
-            sine_parametric = tangent * cosine_parametric
-            tangent_geodetic = ((z + second_eccentricity_squared * semi_minor_axis * sine_parametric**3)
-                                / (axis_distance - ECCENTRICITY_SQUARED * SEMI_MAJOR_AXIS * cosine_parametric**3))
-            tangent = (1 - FLATTENING) * tangent_geodetic
-        cosine_geodetic = 1 / (1 + tangent_geodetic * tangent_geodetic) ** 0.5
-        sine_geodetic = tangent_geodetic * cosine_geodetic
-        root = (1 - ECCENTRICITY_SQUARED * sine_geodetic * sine_geodetic) ** 0.5
-        up = up + height - (axis_distance * cosine_geodetic + z * sine_geodetic - SEMI_MAJOR_AXIS * root)
-    degrees = 180 / np.pi
-    latitude = frame.latitude + degrees * _arctan_small((tangent_geodetic - tangent_origin) / (1 + tangent_geodetic * tangent_origin))
-    return latitude, frame.longitude + degrees * _arctan_small(east / meridian)
+        tangent_parametric = z / (axis_distance * flattened)
+        for _ in range(2):  # Bowring
+            cosine_parametric = 1 / (1 + tangent_parametric * tangent_parametric) ** 0.5
+            sine_parametric = tangent_parametric * cosine_parametric
+            tangent = (z + polar * sine_parametric**3) / (axis_distance - equatorial * cosine_parametric**3)
+            tangent_parametric = flattened * tangent
+        cosine_geodetic = 1 / (1 + tangent * tangent) ** 0.5
+        sine_geodetic = tangent * cosine_geodetic
+        root = (1 - eccentricity_squared * sine_geodetic * sine_geodetic) ** 0.5
+        up = up + wanted - (axis_distance * cosine_geodetic + z * sine_geodetic - semi_major * root)
+    latitude = _constant(east, float(frame.latitude)) + degrees * _arctan_small((tangent - tangent_origin) / (1 + tangent * tangent_origin))
+    return latitude, _constant(east, float(frame.longitude)) + degrees * _arctan_small(east / meridian)
 
-# %% ../nbs/00_geodesy.ipynb #16eb5f4b
+# %% ../nbs/00_geodesy.ipynb #fbc297cc
 def ranges(
     positions: np.ndarray,  # metres east, north, up; shape (…, 3)
     receivers: np.ndarray,  # metres in the same frame; shape (R, 3)
@@ -145,7 +150,7 @@ def ranges(
     "Straight-line ranges from positions to receivers."
     return np.linalg.norm(np.asarray(positions)[..., None, :] - np.asarray(receivers), axis=-1)
 
-# %% ../nbs/00_geodesy.ipynb #3705340c
+# %% ../nbs/00_geodesy.ipynb #ae7c067f
 def hdop(
     position: np.ndarray,  # metres east, north, up; shape (3,)
     receivers: np.ndarray,  # metres, shape (R, 3)

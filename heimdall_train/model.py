@@ -6,7 +6,7 @@
 __all__ = ['FOURIER_OCTAVES', 'backbone', 'cholesky_2x2', 'LocalizationNet', 'fourier_features', 'localize', 'save_model',
            'load_model']
 
-# %% ../nbs/50_model.ipynb #c4b1acf8
+# %% ../nbs/50_model.ipynb #e75e5dbf
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from .geodesy import Frame
 from .network import HeimdallError, Network
 from .store import write_file
 
-# %% ../nbs/50_model.ipynb #3ec2f71c
+# %% ../nbs/50_model.ipynb #a59ee049
 def backbone(
     channels: int,  # of the maps
 ) -> nn.Module:  # maps (B, channels, rows, columns) → features (B, 512)
@@ -33,7 +33,7 @@ def backbone(
     network.fc = nn.Identity()
     return network
 
-# %% ../nbs/50_model.ipynb #abae0226
+# %% ../nbs/50_model.ipynb #ff706bf8
 def cholesky_2x2(
     covariance: torch.Tensor,  # positive definite, shape (B, 2, 2)
 ) -> torch.Tensor:  # lower triangular, shape (B, 2, 2)
@@ -43,7 +43,7 @@ def cholesky_2x2(
     second = (covariance[:, 1, 1] - below**2).clamp_min(1e-6).sqrt()
     return torch.stack([first, torch.zeros_like(first), below, second], dim=1).reshape(-1, 2, 2)
 
-# %% ../nbs/50_model.ipynb #33585d08
+# %% ../nbs/50_model.ipynb #39026ff7
 class LocalizationNet(nn.Module):
     "Levels of R receivers → position and covariance, by correcting a level anchor."
 
@@ -94,9 +94,9 @@ class LocalizationNet(nn.Module):
         correction, raw = self.position_head(hidden), self.uncertainty_head(hidden)
         diagonal = torch.exp(raw[:, :2].clamp(-4, 4))
         reshaped = factor @ torch.stack([diagonal[:, 0], torch.zeros_like(diagonal[:, 0]), raw[:, 2], diagonal[:, 1]], dim=1).reshape(-1, 2, 2)
-        return fix.position + (factor @ correction[:, :, None])[:, :, 0], self.variance_scale * reshaped @ reshaped.mT
+        return fix.position + (factor @ correction[:, :, None])[:, :, 0], self.variance_scale * reshaped @ reshaped.transpose(1, 2)
 
-# %% ../nbs/50_model.ipynb #cab99c71
+# %% ../nbs/50_model.ipynb #a0a5d6c2
 FOURIER_OCTAVES = 4
 
 
@@ -107,7 +107,7 @@ def fourier_features(
     phase = torch.pi * torch.cat([position * 2**octave for octave in range(FOURIER_OCTAVES)], dim=1)
     return torch.cat([torch.sin(phase), torch.cos(phase)], dim=1)
 
-# %% ../nbs/50_model.ipynb #f9638cfb
+# %% ../nbs/50_model.ipynb #c53dfc2e
 def localize(
     model: LocalizationNet,  # trained
     levels: torch.Tensor,  # dB, NaN where not heard, shape (B, R)
@@ -118,10 +118,10 @@ def localize(
         position, covariance = model.eval()(levels, (~torch.isnan(levels)).float())
         east, north = position.double().unbind(dim=1)
         latitude, longitude = model.frame.horizontal_to_geodetic(east, north, model.network.source_height if height is None else height)
-        sigma = covariance.diagonal(dim1=1, dim2=2).double().sqrt()
+        sigma = covariance[:, [0, 1], [0, 1]].double().sqrt()
         return torch.cat([torch.stack([latitude, longitude], dim=1), sigma], dim=1), covariance
 
-# %% ../nbs/50_model.ipynb #dfff2626
+# %% ../nbs/50_model.ipynb #1bffc985
 def save_model(
     model: LocalizationNet,  # the model
     path: str | Path,  # of the file

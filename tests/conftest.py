@@ -1,0 +1,20 @@
+"""Fixtures that several test files share."""
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait leave the cores to others
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def powder() -> Path:
+    "The folder of the POWDER level table: levels.csv, receivers.csv, splits/."
+    folder = Path(os.environ.get('HEIMDALL_DATA') or ROOT.parent / 'shared' / 'data') / 'powder_frs'
+    if not (folder / 'levels.csv').is_file():
+        missing = f'no measured data in {folder}: get it from Zenodo, 10.5281/zenodo.7259895, and set HEIMDALL_DATA to the folder above it'
+        if os.environ.get('HEIMDALL_REQUIRE_DATA') == '1':
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+    return folder
