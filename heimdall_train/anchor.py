@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MINIMUM_HEARD', 'OUTLIER_SHARE', 'OUTLIER_DEVIATION', 'TEMPERING', 'position_grid', 'Kriging', 'shadowing_covariance',
-           'LevelMap', 'scatter_scale', 'choose_kriging', 'Fix', 'LevelAnchor', 'fit_level_anchor', 'cross_fit']
+           'LevelMap', 'scatter_scale', 'choose_kriging', 'hearing_probability', 'Fix', 'LevelAnchor',
+           'fit_level_anchor', 'cross_fit', 'choose_silence_weight']
 
-# %% ../nbs/45_anchor.ipynb #da9d1ea2
+# %% ../nbs/45_anchor.ipynb #132d1706
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from torch import nn
 
 from .network import HeimdallError
 
-# %% ../nbs/45_anchor.ipynb #7e9598b8
+# %% ../nbs/45_anchor.ipynb #8b382335
 def position_grid(
     positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
     cells: int = 4000,  # about how many grid points
@@ -35,7 +36,7 @@ def position_grid(
     axes = [np.linspace(low[axis], high[axis], max(int(round((high[axis] - low[axis]) / pitch)) + 1, 2)) for axis in range(2)]
     return np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
 
-# %% ../nbs/45_anchor.ipynb #d934361d
+# %% ../nbs/45_anchor.ipynb #4373994d
 @dataclass(frozen=True)
 class Kriging:
     "Hyper-parameters of the level maps."
@@ -71,7 +72,7 @@ def _average_cells(positions: np.ndarray, levels: np.ndarray, side: float = 30.0
     means = [np.bincount(cell, values) / count for values in (positions[:, 0], positions[:, 1], levels)]
     return np.stack(means[:2], axis=1), means[2], count
 
-# %% ../nbs/45_anchor.ipynb #0038c37a
+# %% ../nbs/45_anchor.ipynb #2933b80b
 class LevelMap:
     "The kriged level map of one receiver."
 
@@ -110,7 +111,7 @@ class LevelMap:
         of_trend = np.einsum('gi,ij,gj->g', leftover, np.linalg.inv(self.information), leftover)
         return mean, self.kriging.deviation**2 + self.kriging.long_deviation**2 - explained + of_trend + self.kriging.nugget**2
 
-# %% ../nbs/45_anchor.ipynb #27f393be
+# %% ../nbs/45_anchor.ipynb #17301743
 def scatter_scale(
     level_map: LevelMap,  # with its leave-one-out errors
     levels: np.ndarray,  # dB, predicted levels, shape (G,)
@@ -121,16 +122,20 @@ def scatter_scale(
     window = np.exp(-0.5 * ((axis[:, None] - level_map.left_out_level) / 3.0) ** 2)
     return np.interp(levels, axis, (window @ squares + 10 * squares.mean()) / (window.sum(axis=1) + 10))
 
-# %% ../nbs/45_anchor.ipynb #f032bc75
+# %% ../nbs/45_anchor.ipynb #bed655aa
+MINIMUM_HEARD = 10  # training sessions that a receiver must have heard to get a map
+
+
 def choose_kriging(
     positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
     levels: np.ndarray,  # dB, NaN where not heard, shape (N, R)
     receivers: np.ndarray,  # metres east and north of the receivers, NaN where unknown, shape (R, 2)
     scales: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),  # of the default lengths
+    nuggets: Sequence[float] = (3.0, 6.0),  # dB
     count: int = 6,  # how many receivers are asked, those that heard most
     sources: int = 800,  # at most, of the sources that each of them heard
 ) -> Kriging:
-    "Kriging whose lengths have the highest leave-one-out likelihood."
+    "Kriging whose lengths and nugget have the highest leave-one-out likelihood."
     heard = ~np.isnan(levels)
     asked = [receiver for receiver in np.argsort(-heard.sum(axis=0), kind='stable')[:count] if heard[:, receiver].sum() >= MINIMUM_HEARD]
 
@@ -144,12 +149,28 @@ def choose_kriging(
             total -= float(np.sum(0.5 * level_map.left_out_error**2 / variance + 0.5 * np.log(variance)))
         return total
     default = Kriging()
-    return max((replace(default, length=scale * default.length, long_length=scale * default.long_length) for scale in scales), key=score)
+    return max((replace(default, length=scale * default.length, long_length=scale * default.long_length, nugget=nugget)
+                for scale in scales for nugget in nuggets), key=score)
 
-# %% ../nbs/45_anchor.ipynb #2d540ee8
-MINIMUM_HEARD = 10  # training sessions that a receiver must have heard to get a map
+# %% ../nbs/45_anchor.ipynb #454b97aa
+def hearing_probability(
+    expected_heard: np.ndarray,  # dB, expected levels where the receiver heard the source, shape (N,)
+    expected_silent: np.ndarray,  # dB, expected levels where it did not, shape (M,)
+    expected: np.ndarray,  # dB, where the probability is wanted, shape (G,)
+) -> np.ndarray:  # between 0.02 and 0.98, shape (G,)
+    "Logistic regression of hearing on the expected level; flat where a stronger signal is not heard more often."
+    from sklearn.linear_model import LogisticRegression
+    share = len(expected_heard) / (len(expected_heard) + len(expected_silent))
+    probability = np.full(len(expected), share)
+    if len(expected_silent):
+        levels = np.concatenate([expected_heard, expected_silent])
+        outcome = np.repeat([1, 0], [len(expected_heard), len(expected_silent)])
+        regression = LogisticRegression().fit((levels[:, None] - levels.mean()) / 10, outcome)
+        if regression.coef_[0, 0] > 0:
+            probability = regression.predict_proba((expected[:, None] - levels.mean()) / 10)[:, 1]
+    return probability.clip(0.02, 0.98)
 
-# %% ../nbs/45_anchor.ipynb #dc3e8712
+# %% ../nbs/45_anchor.ipynb #e59e5939
 class Fix(NamedTuple):
     "A position with its covariance, and the posterior it comes from."
     position: torch.Tensor  # metres east and north, shape (B, 2)
@@ -165,37 +186,47 @@ class LevelAnchor(nn.Module):
     grid: torch.Tensor
     mean: torch.Tensor
     variance: torch.Tensor
+    hearing: torch.Tensor
     known: torch.Tensor
+    silence_weight: torch.Tensor
 
     def __init__(
         self,
         grid: torch.Tensor,  # metres east and north, shape (G, 2)
         mean: torch.Tensor,  # dB, level maps, shape (R, G)
         variance: torch.Tensor,  # dB², of a new recording about its map, shape (R, G)
+        hearing: torch.Tensor,  # probability that a receiver hears a source in a cell, shape (R, G)
         known: torch.Tensor,  # 1 for a receiver that has a map, shape (R,); the others are masked
+        silence_weight: float = 0.0,  # 1: not to be heard counts
     ):
         super().__init__()
-        for name, value in (('grid', grid), ('mean', mean), ('variance', variance), ('known', known)):
+        for name, value in (('grid', grid), ('mean', mean), ('variance', variance), ('hearing', hearing), ('known', known),
+                            ('silence_weight', torch.as_tensor(silence_weight))):
             self.register_buffer(name, value.float())
 
     def log_posterior(
         self,
         levels: torch.Tensor,  # dB, anything finite where not heard, shape (B, R)
         heard: torch.Tensor,  # 1 where heard, shape (B, R)
+        working: torch.Tensor | None = None,  # 1 for a receiver that could have heard, shape (B, R); all by default
     ) -> torch.Tensor:  # up to a constant of each session, shape (B, G)
         "Log-likelihood of each cell before tempering; the prior is uniform over the grid."
+        heard = heard * self.known
+        silent = (self.known if working is None else self.known * working) - heard
         square = (levels[:, :, None] - self.mean) ** 2
         outlier = math.log(OUTLIER_SHARE / OUTLIER_DEVIATION) - square / (2 * OUTLIER_DEVIATION**2)
         core = math.log(1 - OUTLIER_SHARE) - 0.5 * torch.log(self.variance) - square / (2 * self.variance)
-        return ((heard * self.known)[:, :, None] * (outlier + torch.log1p(torch.exp(core - outlier)))).sum(dim=1)
+        of_levels = (heard[:, :, None] * (outlier + torch.log1p(torch.exp(core - outlier)))).sum(dim=1)
+        return of_levels + self.silence_weight * (heard @ torch.log(self.hearing) + silent @ torch.log1p(-self.hearing))
 
     def forward(
         self,
         levels: torch.Tensor,  # dB, anything finite where not heard, shape (B, R)
         heard: torch.Tensor,  # 1 where heard, shape (B, R)
+        working: torch.Tensor | None = None,  # 1 for a receiver that could have heard, shape (B, R); all by default
     ) -> Fix:
         "Posterior mean and covariance."
-        log_posterior = self.log_posterior(levels, heard)
+        log_posterior = self.log_posterior(levels, heard, working)
         return Fix(*self.moments(log_posterior, TEMPERING), log_posterior)
 
     def moments(
@@ -211,13 +242,14 @@ class LevelAnchor(nn.Module):
         moments = [(probability * product).sum(dim=1) for product in (east * east, east * north, north * north)]
         return mean, torch.stack([moments[0] + cell, moments[1], moments[1], moments[2] + cell], dim=1).reshape(-1, 2, 2)
 
-# %% ../nbs/45_anchor.ipynb #9e35d469
+# %% ../nbs/45_anchor.ipynb #b8483bf7
 def fit_level_anchor(
     positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
     levels: np.ndarray,  # dB, NaN where not heard, shape (N, R)
     receivers: np.ndarray,  # metres east and north of the receivers, NaN where unknown, shape (R, 2)
     grid: np.ndarray,  # metres east and north, shape (G, 2)
     kriging: Kriging,  # hyper-parameters
+    gain_drift: float = 0.0,  # dB, deviation by which a receiver's gain may have changed since training
 ) -> LevelAnchor:
     "Krige a map for each receiver; `HeimdallError` where fewer than three receivers were heard often enough."
     heard = ~np.isnan(levels)
@@ -225,15 +257,17 @@ def fit_level_anchor(
     if known.sum() < 3:
         raise HeimdallError(f'{known.sum()} receivers heard at least {MINIMUM_HEARD} training sessions; three are needed: ingest more sessions')
     mean = np.zeros((levels.shape[1], len(grid)))
-    variance = np.ones_like(mean)
+    variance, hearing = np.ones_like(mean), np.full_like(mean, 0.5)
     for receiver in np.flatnonzero(known):
         rows = heard[:, receiver]
         level_map = LevelMap(positions[rows], levels[rows, receiver].astype(float), receivers[receiver], kriging)
         mean[receiver], variance[receiver] = level_map.predict(grid)
-        variance[receiver] *= scatter_scale(level_map, mean[receiver])
-    return LevelAnchor(*(torch.from_numpy(values) for values in (grid, mean, variance, known)))
+        variance[receiver] = variance[receiver] * scatter_scale(level_map, mean[receiver]) + gain_drift**2
+        silent = np.zeros(0) if rows.all() else level_map.predict(positions[~rows])[0]
+        hearing[receiver] = hearing_probability(level_map.left_out_level, silent, mean[receiver])
+    return LevelAnchor(*(torch.from_numpy(values) for values in (grid, mean, variance, hearing, known)))
 
-# %% ../nbs/45_anchor.ipynb #67417e78
+# %% ../nbs/45_anchor.ipynb #ab27e562
 def cross_fit(
     positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
     levels: np.ndarray,  # dB, NaN where not heard, shape (N, R)
@@ -241,6 +275,32 @@ def cross_fit(
     grid: np.ndarray,  # metres east and north, shape (G, 2)
     kriging: Kriging,  # hyper-parameters
     folds: np.ndarray,  # fold of each source, 0 … F − 1, shape (N,)
+    gain_drift: float = 0.0,  # dB, deviation by which a receiver's gain may have changed since training
 ) -> list[LevelAnchor]:
     "One anchor a fold, fitted on the sources of the other folds."
-    return [fit_level_anchor(positions[folds != fold], levels[folds != fold], receivers, grid, kriging) for fold in range(folds.max() + 1)]
+    return [fit_level_anchor(positions[folds != fold], levels[folds != fold], receivers, grid, kriging, gain_drift) for fold in range(folds.max() + 1)]
+
+# %% ../nbs/45_anchor.ipynb #4a2935b1
+def choose_silence_weight(
+    anchors: Sequence[LevelAnchor],  # one a fold; their weight is set
+    positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
+    levels: np.ndarray,  # dB, NaN where not heard, shape (N, R)
+    folds: np.ndarray,  # fold of each source, shape (N,)
+) -> float:  # 0 or 1
+    "Set and return the weight of silence that the left-out sources' log-posterior prefers."
+    scores = {}
+    for weight in (0.0, 1.0):
+        total = 0.0
+        for fold, anchor in enumerate(anchors):
+            rows = np.flatnonzero(folds == fold)
+            cell = torch.from_numpy(cdist(positions[rows], anchor.grid.numpy()).argmin(axis=1))
+            anchor.silence_weight.fill_(weight)
+            for part in torch.arange(len(rows)).split(64):
+                chosen = torch.from_numpy(levels[rows[part]])
+                log_posterior = anchor.log_posterior(chosen.nan_to_num(), (~chosen.isnan()).float())
+                total += float(torch.log_softmax(TEMPERING * log_posterior, dim=1)[torch.arange(len(part)), cell[part]].sum())
+        scores[weight] = total
+    best = max(scores, key=lambda weight: scores[weight])
+    for anchor in anchors:
+        anchor.silence_weight.fill_(best)
+    return best

@@ -6,7 +6,7 @@
 __all__ = ['INPUTS', 'OUTPUTS', 'PARITY_METRES', 'PARITY_SIGMA', 'LevelGraph', 'export_onnx', 'onnx_session', 'parity',
            'write_bundle', 'check_bundle']
 
-# %% ../nbs/80_export.ipynb #bae63c69
+# %% ../nbs/80_export.ipynb #a057624a
 import hashlib
 import json
 import logging
@@ -22,7 +22,7 @@ from .model import LocalizationNet
 from .network import HeimdallError
 from .store import write_file
 
-# %% ../nbs/80_export.ipynb #71e1512f
+# %% ../nbs/80_export.ipynb #cfd94ec0
 INPUTS, OUTPUTS = ('levels', 'heard'), ('position', 'position_enu', 'sigma', 'covariance')
 
 
@@ -48,7 +48,7 @@ class LevelGraph(nn.Module):
         sigma = torch.stack([covariance[:, 0, 0], covariance[:, 1, 1]], dim=1).sqrt()
         return torch.stack([latitude, longitude], dim=1), position, sigma, covariance
 
-# %% ../nbs/80_export.ipynb #8f6988fb
+# %% ../nbs/80_export.ipynb #bb8eca79
 def export_onnx(
     model: LocalizationNet,  # trained and calibrated
     description: dict,  # plain values for the metadata: digest of the data, run, metrics …
@@ -63,8 +63,8 @@ def export_onnx(
                                     dynamic_shapes={name: {0: batch} for name in INPUTS}, optimize=False, verbose=False)
     proto = program.model_proto
     _store_as_half(proto)
-    values = {'receivers': [{'name': receiver.name, 'latitude': receiver.latitude, 'longitude': receiver.longitude, 'altitude': receiver.altitude}
-                            for receiver in model.network.receivers],
+    values = {'receivers': [{'name': receiver.name, 'latitude': receiver.latitude, 'longitude': receiver.longitude, 'altitude': receiver.altitude, 'known': bool(known)}
+                            for receiver, known in zip(model.network.receivers, model.anchor.known, strict=True)],
               'origin': {'latitude': model.frame.latitude, 'longitude': model.frame.longitude, 'height': model.frame.height},
               'source_height': model.network.source_height, 'calibration': {'variance_scale': float(model.variance_scale)}, **description}
     for key, value in values.items():
@@ -99,7 +99,7 @@ def _store_as_half(proto) -> None:
     for cast in reversed(casts):
         proto.graph.node.insert(0, cast)
 
-# %% ../nbs/80_export.ipynb #0d401890
+# %% ../nbs/80_export.ipynb #7b9f7b6a
 PARITY_METRES, PARITY_SIGMA = 0.1, 1e-3  # what may differ at most
 
 
@@ -108,8 +108,10 @@ def onnx_session(
 ):  # onnxruntime.InferenceSession
     "Load a graph into ONNX Runtime on the CPU; `HeimdallError` where it is not one."
     import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
     try:
-        return onnxruntime.InferenceSession(source if isinstance(source, bytes) else str(source), providers=['CPUExecutionProvider'])
+        return onnxruntime.InferenceSession(source if isinstance(source, bytes) else str(source), options, providers=['CPUExecutionProvider'])
     except Exception as error:  # the runtime's exceptions have no common base of their own
         raise HeimdallError(f'{"the graph" if isinstance(source, bytes) else source}: not a whole ONNX model ({" ".join(str(error).split())[:120]}): export again') from error
 
@@ -129,7 +131,7 @@ def parity(
     return {'position_m': float(np.abs(position_enu - expected[1]).max()), 'degrees_m': float(np.abs(degrees - expected[1]).max()),
             'sigma_relative': float(np.abs(sigma / expected[2] - 1).max())}
 
-# %% ../nbs/80_export.ipynb #f23d0781
+# %% ../nbs/80_export.ipynb #4c9eb2d6
 def write_bundle(
     folder: str | Path,  # of the bundle
     model: LocalizationNet,  # trained and calibrated
@@ -181,7 +183,7 @@ def _sample(session, model: LocalizationNet, levels: np.ndarray) -> dict:
     answer = session.run(list(OUTPUTS), {'levels': np.nan_to_num(levels).astype(np.float32), 'heard': heard})
     return {'levels': np.nan_to_num(levels).astype(float).tolist(), 'heard': heard.tolist(), **{name: value.tolist() for name, value in zip(OUTPUTS, answer, strict=True)}}
 
-# %% ../nbs/80_export.ipynb #dd2275f1
+# %% ../nbs/80_export.ipynb #4f15d637
 def check_bundle(
     folder: str | Path,  # of the bundle
 ) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAT_MAP_SHAPE', 'LevelData', 'level_data', 'LevelStatistics', 'level_statistics', 'flat_maps']
 
-# %% ../nbs/35_features.ipynb #365db56a
+# %% ../nbs/35_features.ipynb #7cc35b11
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .geodesy import Frame
 from .network import HeimdallError, Network
 from .store import Recording, Session, Source
 
-# %% ../nbs/35_features.ipynb #95f821da
+# %% ../nbs/35_features.ipynb #6986674e
 @dataclass(frozen=True)
 class LevelData:
     "Levels of N sessions at R receivers, and where the transmitter was."
@@ -74,7 +74,7 @@ class LevelData:
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
-# %% ../nbs/35_features.ipynb #e1f567c4
+# %% ../nbs/35_features.ipynb #33a76fec
 def level_data(
     sessions: Iterable[Session],  # with a source and the level of each recording
     network: Network,  # gives the order of the receivers
@@ -104,13 +104,12 @@ def level_data(
     return LevelData(network, np.array(ids), np.stack(levels), np.array(latitude, dtype=np.float64), np.array(longitude, dtype=np.float64),
                      np.array(source_error, dtype=np.float64))
 
-# %% ../nbs/35_features.ipynb #07cd9652
+# %% ../nbs/35_features.ipynb #f09703ed
 @dataclass(frozen=True)
 class LevelStatistics:
     "Mean and deviation of each receiver's level over the training sessions."
     mean: np.ndarray  # dB, float32, shape (R,); 0 where never heard
     deviation: np.ndarray  # dB, float32, shape (R,); 1 where never heard
-    known: np.ndarray  # bool, shape (R,); whether training heard the receiver
 
 
 def level_statistics(
@@ -121,9 +120,9 @@ def level_statistics(
     known = heard.sum(axis=0) >= 2
     mean = np.array([levels[heard[:, receiver], receiver].mean() if known[receiver] else 0.0 for receiver in range(levels.shape[1])])
     deviation = np.array([max(levels[heard[:, receiver], receiver].std(), 1e-3) if known[receiver] else 1.0 for receiver in range(levels.shape[1])])
-    return LevelStatistics(mean.astype(np.float32), deviation.astype(np.float32), known)
+    return LevelStatistics(mean.astype(np.float32), deviation.astype(np.float32))
 
-# %% ../nbs/35_features.ipynb #b7606e3a
+# %% ../nbs/35_features.ipynb #d5a96e77
 FLAT_MAP_SHAPE = (32, 8)  # rows of frequency, columns of time
 
 

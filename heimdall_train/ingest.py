@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEVEL_RANGE_DB', 'READERS', 'MAX_REJECTED', 'Reject', 'TooManyRejects', 'parse_level_table', 'read_level_table',
-           'IngestReport', 'ingest_levels', 'read_split_file']
+           'IngestReport', 'ingest_levels', 'read_levels_to_locate', 'read_split_file']
 
-# %% ../nbs/20_ingest.ipynb #b6a002b6
+# %% ../nbs/20_ingest.ipynb #7f9d9f9b
 import csv
 import hashlib
 import io
@@ -21,7 +21,7 @@ from .catalog import Catalog
 from .network import HeimdallError, Network, validate_coordinates
 from .store import Recording, Session, Source, Store, explain_os_error
 
-# %% ../nbs/20_ingest.ipynb #a12e00db
+# %% ../nbs/20_ingest.ipynb #9f3466f3
 @dataclass(frozen=True)
 class Reject:
     "A row that was set aside."
@@ -48,7 +48,7 @@ class TooManyRejects(HeimdallError):
 class _BadCell(ValueError):
     "Why a row cannot be used."
 
-# %% ../nbs/20_ingest.ipynb #6e32793c
+# %% ../nbs/20_ingest.ipynb #4b34aafb
 LEVEL_RANGE_DB = (-250.0, 150.0)  # what a receiver can measure, in any of the usual units
 _NUMBER = re.compile(r'[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?', re.ASCII)
 
@@ -90,11 +90,11 @@ def _time(text: str) -> datetime:
         reason = f'{_quoted(text)} is not a time such as 2025-10-22T16:30:00Z' if text else 'is missing'
         raise _BadCell(f'started_at {reason}') from None
 
-# %% ../nbs/20_ingest.ipynb #2e54a9cf
+# %% ../nbs/20_ingest.ipynb #dc7dba97
 _FIXED = ('session_id', 'started_at', 'lat', 'lon')
 
 
-def _session(cells: list[str], columns: dict[str, int], receivers: list[str]) -> Session:
+def _session(cells: list[str], columns: dict[str, int], receivers: list[str], located: bool = True) -> Session:
     "The session of a row; `_BadCell` or `HeimdallError` says why there is none."
     if len(cells) != len(columns):
         raise _BadCell(f'{len(cells)} cells where the header has {len(columns)} columns')
@@ -102,15 +102,21 @@ def _session(cells: list[str], columns: dict[str, int], receivers: list[str]) ->
     if not session_id:
         raise _BadCell('session_id is missing')
     started_at = _time(cells[columns['started_at']])
-    latitude, longitude = _number(cells[columns['lat']], 'lat'), _number(cells[columns['lon']], 'lon')
-    validate_coordinates(latitude, longitude, 'source')
+    source = _source(cells[columns['lat']], cells[columns['lon']]) if located else None
     heard = ((receiver, cells[columns[receiver]]) for receiver in receivers)
     recordings = tuple(Recording(receiver, _level(text, receiver)) for receiver, text in heard if text and not text.isspace())
     if not recordings:
         raise _BadCell('no receiver heard it')
-    return Session(session_id, started_at, Source(f'{latitude}, {longitude}', latitude, longitude), recordings)
+    return Session(session_id, started_at, source, recordings)
 
-# %% ../nbs/20_ingest.ipynb #a89312bf
+
+def _source(latitude: str, longitude: str) -> Source:
+    "The source of a row; `_BadCell` or `HeimdallError` says why there is none."
+    degrees = _number(latitude, 'lat'), _number(longitude, 'lon')
+    validate_coordinates(*degrees, 'source')
+    return Source(f'{degrees[0]}, {degrees[1]}', *degrees)
+
+# %% ../nbs/20_ingest.ipynb #9d0617ba
 _MIN_RECEIVERS = 3
 
 
@@ -119,19 +125,20 @@ def parse_level_table(
     network: Network,  # knows all receiver columns; at least three receivers
     where: str,  # the table's name, for messages
     held: Mapping[str, Session] | None = None,  # sessions that a dataset already has, by id: a row that differs is set aside
+    located: bool = True,  # False: lat and lon may be missing, and are not read
 ) -> tuple[list[Session], list[Reject]]:  # usable rows and the others, each in the table's order
     "Sessions of a level table; `HeimdallError` for a fault of the whole table."
     if len(network) < _MIN_RECEIVERS:
         raise HeimdallError(f'network {network.name} has {len(network)} receivers: at least {_MIN_RECEIVERS} are needed to locate a source')
     rows = _rows(content, where)
-    columns, receivers = _header(next(rows, (1, []))[1], network, where)
+    columns, receivers = _header(next(rows, (1, []))[1], network, where, _FIXED if located else _FIXED[:2])
     sessions: list[Session] = []
     rejects: list[Reject] = []
     lines: dict[str, int] = {}
     for line, cells in rows:
         session_id = cells[columns['session_id']].strip() if columns['session_id'] < len(cells) else ''
         try:
-            session = _session(cells, columns, receivers)
+            session = _session(cells, columns, receivers, located)
             if session_id in lines:
                 raise _BadCell(f'session {_quoted(session_id)} is already on line {lines[session_id]}')
             if held and session_id in held and not _same(session, held[session_id]):
@@ -165,14 +172,14 @@ def _rows(content: bytes, where: str) -> Iterator[tuple[int, list[str]]]:
         raise HeimdallError(f'{where}: {reason}: save it as CSV with commas, in UTF-8') from error
 
 
-def _header(cells: list[str], network: Network, where: str) -> tuple[dict[str, int], list[str]]:
+def _header(cells: list[str], network: Network, where: str, needed: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
     "Place of each column, and the receivers that have one, in the network's order."
     names = [cell.strip() for cell in cells]
     if not names:
-        raise HeimdallError(f'{where} is empty: expected the columns {",".join(_FIXED)} and one for each receiver')
-    missing = [name for name in _FIXED if name not in names]
+        raise HeimdallError(f'{where} is empty: expected the columns {",".join(needed)} and one for each receiver')
+    missing = [name for name in needed if name not in names]
     if missing:
-        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: expected {",".join(_FIXED)} and one for each receiver')
+        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: expected {",".join(needed)} and one for each receiver')
     for place, name in enumerate(names, start=1):
         if not name or name in names[:place - 1]:
             reason = f'is a second {_quoted(name)}' if name else 'has no name'
@@ -187,7 +194,7 @@ def _header(cells: list[str], network: Network, where: str) -> tuple[dict[str, i
         raise HeimdallError(f'{where} has no column for any receiver of network {network.name}: add their levels')
     return {name: place for place, name in enumerate(names)}, receivers
 
-# %% ../nbs/20_ingest.ipynb #8cb24bbf
+# %% ../nbs/20_ingest.ipynb #75d0b0ff
 def read_level_table(
     path: str | Path,  # of the CSV file
     network: Network | None = None,  # None: from `receivers_path`
@@ -218,7 +225,7 @@ def _read_bytes(path: Path, what: str) -> bytes:
 
 READERS: dict[str, Callable[..., tuple[Network, list[Session], list[Reject]]]] = {'levels': read_level_table}
 
-# %% ../nbs/20_ingest.ipynb #f96059e9
+# %% ../nbs/20_ingest.ipynb #bc86acd1
 MAX_REJECTED = 0.2  # share of a table's rows
 
 
@@ -291,7 +298,18 @@ def _check_share(path: Path, sessions: list[Session], rejects: list[Reject], all
         advice = 'mend the table, or keep the rest with allow_rejects (--allow-rejects)' if sessions else 'mend the table'
         raise TooManyRejects(f'{path}: {len(rejects)} of {total} rows cannot be used ({first}): {advice}', rejects)
 
-# %% ../nbs/20_ingest.ipynb #8db20d20
+# %% ../nbs/20_ingest.ipynb #18420e6f
+def read_levels_to_locate(
+    path: str | Path,  # of the CSV file
+    network: Network,  # that the model knows
+    allow_rejects: bool = False,  # True: keep the good rows however many are bad
+) -> tuple[list[Session], list[Reject]]:  # sessions without a source, and rows set aside, each in the table's order
+    "Sessions to locate; `HeimdallError` for a fault of the whole table, `TooManyRejects` where more than a fifth is unusable."
+    sessions, rejects = parse_level_table(_read_bytes(Path(path), 'level table'), network, str(path), located=False)
+    _check_share(Path(path), sessions, rejects, allow_rejects)
+    return sessions, rejects
+
+# %% ../nbs/20_ingest.ipynb #ae20026d
 def read_split_file(
     path: str | Path,  # of a text file with one session id a line
     known_ids: Collection[str],  # sessions of the dataset

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sessions', 'CrossFitted', 'MeanError', 'KeepBest', 'seed_everything', 'new_learner', 'fit', 'estimate', 'finish']
 
-# %% ../nbs/70_training.ipynb #9498794d
+# %% ../nbs/70_training.ipynb #4dbc68a3
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from .metrics import variance_scale
 from .model import LocalizationNet, load_model, save_model
 from .network import HeimdallError
 
-# %% ../nbs/70_training.ipynb #b6af6272
+# %% ../nbs/70_training.ipynb #4989e621
 class Sessions:
     "Samples of level data for a DataLoader."
 
@@ -45,7 +45,7 @@ class Sessions:
     def __getitem__(self, row: int):
         return self.levels[row], self.heard[row], self.folds[row], self.targets[row], self.source_errors[row]
 
-# %% ../nbs/70_training.ipynb #dc62d0c5
+# %% ../nbs/70_training.ipynb #8883931f
 class CrossFitted(nn.Module):
     "A network whose training sources meet anchors that have not seen them."
 
@@ -70,22 +70,24 @@ class CrossFitted(nn.Module):
         "Correct the fix of each session's own anchor."
         if self.training:
             share = self.drop * torch.rand(len(heard), 1, generator=self.generator)
-            kept = heard * (torch.rand(heard.shape, generator=self.generator) >= share)
-            heard = torch.where(kept.sum(dim=1, keepdim=True) >= 3, kept, heard)
-        levels = levels * heard
-        return self.model.correct(levels, heard, self._fix(levels, heard, fold))
+            working = (torch.rand(heard.shape, generator=self.generator) >= share).float()
+            working = torch.where((heard * working).sum(dim=1, keepdim=True) >= 3, working, torch.ones_like(working))
+        else:
+            working = torch.ones_like(heard)
+        heard, levels = heard * working, levels * heard * working
+        return self.model.correct(levels, heard, self._fix(levels, heard, working, fold))
 
     @torch.no_grad()
-    def _fix(self, levels, heard, fold):
+    def _fix(self, levels, heard, working, fold):
         "Fixes of a batch, each from the anchor of its session's fold."
         parts = []
         for number, anchor in enumerate([*self.anchors, self.model.anchor]):
             rows = torch.nonzero(fold == (number if number < len(self.anchors) else -1))[:, 0]
-            parts.append((rows, anchor(levels[rows], heard[rows])))
+            parts.append((rows, anchor(levels[rows], heard[rows], working[rows])))
         order = torch.argsort(torch.cat([rows for rows, _ in parts]))
         return Fix(*(torch.cat([getattr(fix, name) for _, fix in parts])[order] for name in Fix._fields))
 
-# %% ../nbs/70_training.ipynb #eeae4ccb
+# %% ../nbs/70_training.ipynb #164daea6
 class MeanError(Metric):
     "Mean distance between estimated and true position, metres."
 
@@ -132,7 +134,7 @@ class KeepBest(Callback):
         elif self.epoch - self.best_epoch >= self.patience:
             raise CancelFitException()
 
-# %% ../nbs/70_training.ipynb #c6dd9c53
+# %% ../nbs/70_training.ipynb #03497a8b
 def seed_everything(
     seed: int,  # of Python's, NumPy's and torch's global generators, which fastai and torch draw from
 ) -> None:
@@ -155,7 +157,7 @@ def new_learner(
     "A fastai Learner for cross-fitted training."
     seed_everything(seed)
     loaders = DataLoaders(DataLoader(Sessions(training, model, folds), bs=batch_size, shuffle=True, drop_last=len(training) > batch_size, num_workers=0),
-                          DataLoader(Sessions(validation, model), bs=256, num_workers=0))
+                          DataLoader(Sessions(validation, model), bs=64, num_workers=0))
     loaders.n_inp = 3
     network = CrossFitted(model, anchors, seed=seed)
 
@@ -182,18 +184,17 @@ def fit(
         raise HeimdallError('no epoch ended with a finite validation loss: lower the learning rate')
     return load_model(best)
 
-# %% ../nbs/70_training.ipynb #7af7d7fd
+# %% ../nbs/70_training.ipynb #61166b1d
 def estimate(
     model: LocalizationNet,  # the model
     data: LevelData,  # the sessions
-) -> tuple[np.ndarray, np.ndarray, Fix]:  # position (N, 2) in m, covariance (N, 2, 2) in m², and the anchor's fix as arrays
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # position (N, 2) in m and covariance (N, 2, 2) in m², of the model and of its anchor
     "The model's answers and its anchor's, as float64 arrays."
     samples = Sessions(data, model)
     with torch.inference_mode():
-        parts = [(*model.eval()(levels, heard), *model.anchor(levels, heard))
-                 for levels, heard in zip(samples.levels.split(256), samples.heard.split(256), strict=True)]
-    position, covariance, *fix = (torch.cat(values).double().numpy() for values in zip(*parts, strict=True))
-    return position, covariance, Fix(*fix)
+        parts = [(*model.eval()(levels, heard), *model.anchor(levels, heard)[:2])
+                 for levels, heard in zip(samples.levels.split(64), samples.heard.split(64), strict=True)]
+    return tuple(torch.cat(values).double().numpy() for values in zip(*parts, strict=True))
 
 
 def finish(
@@ -205,7 +206,7 @@ def finish(
         for parameter in model.parameters():
             parameter.copy_(parameter.half().float())
     model.variance_scale.fill_(1.0)
-    position, covariance, _ = estimate(model, validation)
+    position, covariance, _, _ = estimate(model, validation)
     spread = covariance + validation.source_error[:, None, None] ** 2 * np.eye(2)
     model.variance_scale.fill_(variance_scale(validation.enu(model.frame), position, spread))
     return model
