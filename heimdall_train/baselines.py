@@ -8,7 +8,7 @@ __all__ = ['BASELINES', 'UnsupportedBaseline', 'Baseline', 'Mean', 'Centroid', '
            'LogDistance', 'krige', 'level_maps', 'hearing_probability', 'LevelsKriged', 'BaselineResult',
            'run_baselines']
 
-# %% ../nbs/65_baselines.ipynb #40b7ef82
+# %% ../nbs/65_baselines.ipynb #0bcc74c3
 import itertools
 import time
 from collections.abc import Iterable
@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
+from threadpoolctl import threadpool_limits
 
 from .metrics import variance_scale
 from .network import HeimdallError
 
-# %% ../nbs/65_baselines.ipynb #aed06157
+# %% ../nbs/65_baselines.ipynb #0aac8a78
 class UnsupportedBaseline(HeimdallError):
     "The data do not have what a baseline needs."
 
@@ -109,7 +110,7 @@ class Baseline:
         estimate, covariance = self._locate(self._learnt, levels, self.settings)
         return estimate, None if covariance is None else self.scale * covariance
 
-# %% ../nbs/65_baselines.ipynb #fc66be99
+# %% ../nbs/65_baselines.ipynb #97d1173f
 class Mean(Baseline):
     "The mean training position."
 
@@ -119,7 +120,7 @@ class Mean(Baseline):
     def _locate(self, learnt, levels, settings):
         return np.tile(learnt[0], (len(levels), 1)), np.tile(learnt[1], (len(levels), 1, 1))
 
-# %% ../nbs/65_baselines.ipynb #60194459
+# %% ../nbs/65_baselines.ipynb #ac0c4253
 def _with_position(receivers: np.ndarray, name: str) -> np.ndarray:
     "Which receivers have a position; `UnsupportedBaseline` if fewer than three do."
     known = np.isfinite(receivers).all(axis=1)
@@ -146,7 +147,7 @@ class Centroid(Baseline):
         total = weight.sum(axis=1, keepdims=True)
         return np.where(total > 0, weight @ places / np.where(total > 0, total, 1), fallback), None
 
-# %% ../nbs/65_baselines.ipynb #839eeb1c
+# %% ../nbs/65_baselines.ipynb #f2c6c5cb
 def fill_misses(
     levels: np.ndarray,  # dB, shape (N, R), NaN = not heard
     fill: float,  # dB, for what was not heard
@@ -173,7 +174,7 @@ class NearestNeighbours(Baseline):
                                     metric=settings['metric'], algorithm='brute')
         return model.fit(known_levels, known_positions).predict(fill_misses(levels, fill)), None
 
-# %% ../nbs/65_baselines.ipynb #64785f32
+# %% ../nbs/65_baselines.ipynb #2833b97e
 class ExtraTrees(Baseline):
     "Extremely randomised trees on the levels."
 
@@ -191,7 +192,7 @@ class ExtraTrees(Baseline):
         fill, model = learnt
         return model.predict(fill_misses(levels, fill)), None
 
-# %% ../nbs/65_baselines.ipynb #1a9c1a51
+# %% ../nbs/65_baselines.ipynb #095747ec
 @dataclass(frozen=True)
 class PathLoss:
     "A path-loss law with an intercept for each receiver."
@@ -227,7 +228,7 @@ def fit_path_loss(
     freedom = max(int(count.sum() - (count > 0).sum() - 1), 1)
     return PathLoss(float(exponent), intercept, max(float(np.sqrt((residual**2).sum() / freedom)), 0.1))
 
-# %% ../nbs/65_baselines.ipynb #7423bf9c
+# %% ../nbs/65_baselines.ipynb #076087a3
 def level_log_likelihood(
     levels: np.ndarray,  # dB, shape (N, R), NaN = not heard
     mean: np.ndarray,  # expected level of each receiver at each candidate, dB, shape (R, G)
@@ -243,7 +244,7 @@ def level_log_likelihood(
     shared = power_deviation**2 * total**2 / (1 + power_deviation**2 * information) - np.log1p(power_deviation**2 * information)
     return 0.5 * (shared - squares - heard @ np.log(2 * np.pi * variance))
 
-# %% ../nbs/65_baselines.ipynb #fdd483b0
+# %% ../nbs/65_baselines.ipynb #6f8ce821
 class Grid(NamedTuple):
     "Candidate positions."
     centres: np.ndarray  # of the cells, metres, shape (G, 2)
@@ -275,7 +276,7 @@ def posterior_moments(
     covariance = second - mean[:, :, None] * mean[:, None, :] + np.diag(grid.cell**2 / 12)
     return mean + grid.centres.mean(axis=0), covariance
 
-# %% ../nbs/65_baselines.ipynb #16cea06d
+# %% ../nbs/65_baselines.ipynb #c24ce459
 def _in_parts(count: int, size: int = 500) -> Iterable[slice]:
     "Slices over so many sessions, to bound the memory of sessions by cells."
     return (slice(start, start + size) for start in range(0, count, size))
@@ -319,7 +320,7 @@ class LogDistance(Baseline):
             step[choice == 0] /= 2
         return best
 
-# %% ../nbs/65_baselines.ipynb #41ff5f9e
+# %% ../nbs/65_baselines.ipynb #6240d82c
 def krige(
     points: np.ndarray,  # where values were observed, metres, shape (N, 2)
     values: np.ndarray,  # observed, of mean zero, dB, shape (N,)
@@ -349,7 +350,7 @@ def krige(
         variance[part] = signal - (weight * to_target).sum(axis=1)
     return mean, np.maximum(variance, 0)
 
-# %% ../nbs/65_baselines.ipynb #e911fb86
+# %% ../nbs/65_baselines.ipynb #8b7237fd
 def _plane(points: np.ndarray, values: np.ndarray, targets: np.ndarray) -> np.ndarray:
     "A plane through the values, its slopes shrunk as by ten sessions without slope, at the targets."
     centre, spread = points.mean(axis=0), points.std(axis=0) + 1
@@ -381,7 +382,7 @@ def level_maps(
         mean[receiver], variance[receiver] = there + field, uncertainty + nugget**2
     return mean, variance
 
-# %% ../nbs/65_baselines.ipynb #e684143b
+# %% ../nbs/65_baselines.ipynb #6872d680
 def hearing_probability(
     expected_here: np.ndarray,  # expected level at each training session, dB, shape (N,)
     heard: np.ndarray,  # whether it was heard there, shape (N,)
@@ -397,7 +398,7 @@ def hearing_probability(
             share = model.predict_proba((expected_there - centre)[:, None] / 10)[:, 1]
     return np.clip(share, 0.02, 0.98)
 
-# %% ../nbs/65_baselines.ipynb #6aaeebab
+# %% ../nbs/65_baselines.ipynb #153a3c4d
 class LevelsKriged(Baseline):
     "Posterior over a grid from a kriged level map of each receiver."
     located = {'misses': (False, True), 'power_deviation_db': (0.0, 3.0, 6.0)}
@@ -427,7 +428,7 @@ class LevelsKriged(Baseline):
             estimates[part], covariances[part] = posterior_moments(likelihood, grid)
         return estimates, covariances
 
-# %% ../nbs/65_baselines.ipynb #a1d88e8f
+# %% ../nbs/65_baselines.ipynb #abaffc65
 BASELINES: dict[str, type[Baseline]] = {
     'mean': Mean, 'centroid': Centroid, 'knn': NearestNeighbours, 'extra_trees': ExtraTrees,
     'logdistance': LogDistance, 'levels_kriged': LevelsKriged}
@@ -442,6 +443,7 @@ class BaselineResult:
     seconds: float  # that tuning, fitting and predicting took
 
 
+@threadpool_limits.wrap(limits=1, user_api='blas')  # small matrices: threads of BLAS cost more than they save
 def run_baselines(
     train: tuple[np.ndarray, np.ndarray],  # levels (N, R) in dB, NaN = not heard, and positions (N, 2) in metres
     validation: tuple[np.ndarray, np.ndarray],  # the same of the validation sessions, on which settings are tuned

@@ -6,7 +6,7 @@
 __all__ = ['FOURIER_OCTAVES', 'SUMMARY_SIZE', 'backbone', 'cholesky_2x2', 'fourier_features', 'summarise', 'LocalizationNet',
            'localize', 'save_model', 'load_model']
 
-# %% ../nbs/50_model.ipynb #d1cfa149
+# %% ../nbs/50_model.ipynb #7ab68df1
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from .geodesy import Frame
 from .network import HeimdallError, Network
 from .store import write_file
 
-# %% ../nbs/50_model.ipynb #96cad61b
+# %% ../nbs/50_model.ipynb #9eac2d22
 def backbone(
     channels: int,  # of the maps
 ) -> nn.Module:  # maps (B, channels, rows, columns) → features (B, 512)
@@ -33,7 +33,7 @@ def backbone(
     network.fc = nn.Identity()
     return network
 
-# %% ../nbs/50_model.ipynb #fd86e1ce
+# %% ../nbs/50_model.ipynb #d7cc1da4
 def cholesky_2x2(
     covariance: torch.Tensor,  # positive definite, shape (B, 2, 2)
 ) -> torch.Tensor:  # lower triangular, shape (B, 2, 2)
@@ -43,7 +43,7 @@ def cholesky_2x2(
     second = (covariance[:, 1, 1] - below**2).clamp_min(1e-6).sqrt()
     return torch.stack([first, torch.zeros_like(first), below, second], dim=1).reshape(-1, 2, 2)
 
-# %% ../nbs/50_model.ipynb #90d9c00d
+# %% ../nbs/50_model.ipynb #f35446bc
 FOURIER_OCTAVES = 4
 
 
@@ -73,7 +73,7 @@ def summarise(
     size = (factor[:, 0, 0] * factor[:, 1, 1]).sqrt()[:, None]
     return torch.cat([position, fourier_features(position), doubtful / size, certain / size, shape, entropy - 4], dim=1)
 
-# %% ../nbs/50_model.ipynb #793827c6
+# %% ../nbs/50_model.ipynb #f63f72a1
 class LocalizationNet(nn.Module):
     "Levels of R receivers → position and covariance, by correcting a level anchor."
     level_mean: torch.Tensor
@@ -133,7 +133,7 @@ class LocalizationNet(nn.Module):
         reshaped = factor @ torch.stack([diagonal[:, 0], torch.zeros_like(diagonal[:, 0]), raw[:, 2], diagonal[:, 1]], dim=1).reshape(-1, 2, 2)
         return fix.position + (factor @ correction[:, :, None])[:, :, 0], self.variance_scale * reshaped @ reshaped.transpose(1, 2)
 
-# %% ../nbs/50_model.ipynb #c6d40099
+# %% ../nbs/50_model.ipynb #3d74a302
 def localize(
     model: LocalizationNet,  # trained
     levels: torch.Tensor,  # dB, NaN where not heard, shape (B, R)
@@ -147,7 +147,7 @@ def localize(
         sigma = covariance[:, [0, 1], [0, 1]].double().sqrt()
         return torch.cat([torch.stack([latitude, longitude], dim=1), sigma], dim=1), covariance
 
-# %% ../nbs/50_model.ipynb #22fecbe1
+# %% ../nbs/50_model.ipynb #6eb3fd83
 def save_model(
     model: LocalizationNet,  # the model
     path: str | Path,  # of the file

@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['Sessions', 'CrossFitted', 'MeanError', 'KeepBest', 'seed_everything', 'new_learner', 'fit', 'estimate', 'finish']
 
-# %% ../nbs/70_training.ipynb #4dbc68a3
+# %% ../nbs/70_training.ipynb #83ed2cbd
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, Metric
-from fastai.callback.schedule import fit_one_cycle  # noqa: F401  (adds the method to Learner)
+
+with warnings.catch_warnings():  # fastai still compiles a few layers with torch.jit.script
+    warnings.simplefilter('ignore', FutureWarning)
+    from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, Metric
+    from fastai.callback.schedule import fit_one_cycle  # noqa: F401  (adds the method to Learner)
 from torch import nn
 
 from .anchor import Fix, LevelAnchor
@@ -23,7 +27,7 @@ from .metrics import variance_scale
 from .model import LocalizationNet, load_model, save_model
 from .network import HeimdallError
 
-# %% ../nbs/70_training.ipynb #4989e621
+# %% ../nbs/70_training.ipynb #d0c0e2e3
 class Sessions:
     "Samples of level data for a DataLoader."
 
@@ -45,7 +49,7 @@ class Sessions:
     def __getitem__(self, row: int):
         return self.levels[row], self.heard[row], self.folds[row], self.targets[row], self.source_errors[row]
 
-# %% ../nbs/70_training.ipynb #8883931f
+# %% ../nbs/70_training.ipynb #abd51c3f
 class CrossFitted(nn.Module):
     "A network whose training sources meet anchors that have not seen them."
 
@@ -87,7 +91,7 @@ class CrossFitted(nn.Module):
         order = torch.argsort(torch.cat([rows for rows, _ in parts]))
         return Fix(*(torch.cat([getattr(fix, name) for _, fix in parts])[order] for name in Fix._fields))
 
-# %% ../nbs/70_training.ipynb #164daea6
+# %% ../nbs/70_training.ipynb #45c7ab04
 class MeanError(Metric):
     "Mean distance between estimated and true position, metres."
 
@@ -134,7 +138,7 @@ class KeepBest(Callback):
         elif self.epoch - self.best_epoch >= self.patience:
             raise CancelFitException()
 
-# %% ../nbs/70_training.ipynb #03497a8b
+# %% ../nbs/70_training.ipynb #3f66f526
 def seed_everything(
     seed: int,  # of Python's, NumPy's and torch's global generators, which fastai and torch draw from
 ) -> None:
@@ -184,7 +188,7 @@ def fit(
         raise HeimdallError('no epoch ended with a finite validation loss: lower the learning rate')
     return load_model(best)
 
-# %% ../nbs/70_training.ipynb #61166b1d
+# %% ../nbs/70_training.ipynb #a6845c5f
 def estimate(
     model: LocalizationNet,  # the model
     data: LevelData,  # the sessions
