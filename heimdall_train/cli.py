@@ -7,7 +7,7 @@ __all__ = ['app', 'ingest_app', 'CatalogOption', 'StoreOption', 'DatasetOption',
            'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption', 'JsonOption', 'DebugOption',
            'main_callback', 'ingest_levels_command', 'train', 'evaluate', 'export', 'predict', 'demo', 'main']
 
-# %% ../nbs/95_cli.ipynb #0e1a7d7e
+# %% ../nbs/95_cli.ipynb #b195162b
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-# %% ../nbs/95_cli.ipynb #671b2083
+# %% ../nbs/95_cli.ipynb #69b4c6dc
 app = typer.Typer(help='Localise a radio transmitter from a network of receivers, and say how sure the answer is.', no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False)
 ingest_app = typer.Typer(help='Read what was recorded into catalog and store.', no_args_is_help=True)
@@ -36,7 +36,7 @@ RejectsOption = Annotated[bool, typer.Option('--allow-rejects', help='Keep the g
 JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON alone on standard output')]
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error')]
 
-# %% ../nbs/95_cli.ipynb #c6be7ee8
+# %% ../nbs/95_cli.ipynb #d5fc08ff
 def _run(
     call: Callable[[Any], Any],  # gets the configuration
     debug: bool,  # whether errors keep their traceback
@@ -75,7 +75,7 @@ def _next(*commands: str) -> None:
     "What to run next, on standard error."
     _say('\nnext:\n' + '\n'.join(f'  {command}' for command in commands))
 
-# %% ../nbs/95_cli.ipynb #e3b43350
+# %% ../nbs/95_cli.ipynb #cb7930d5
 @app.callback()
 def main_callback() -> None:
     "Localise a radio transmitter from a network of receivers, and say how sure the answer is."

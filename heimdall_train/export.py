@@ -6,7 +6,7 @@
 __all__ = ['INPUTS', 'OUTPUTS', 'PARITY_METRES', 'PARITY_SIGMA', 'LevelGraph', 'export_onnx', 'onnx_session', 'parity',
            'write_bundle', 'check_bundle']
 
-# %% ../nbs/80_export.ipynb #a057624a
+# %% ../nbs/80_export.ipynb #4b4d8bcc
 import hashlib
 import json
 import logging
@@ -22,7 +22,7 @@ from .model import LocalizationNet
 from .network import HeimdallError
 from .store import write_file
 
-# %% ../nbs/80_export.ipynb #cfd94ec0
+# %% ../nbs/80_export.ipynb #1ce72aa0
 INPUTS, OUTPUTS = ('levels', 'heard'), ('position', 'position_enu', 'sigma', 'covariance')
 
 
@@ -48,7 +48,7 @@ class LevelGraph(nn.Module):
         sigma = torch.stack([covariance[:, 0, 0], covariance[:, 1, 1]], dim=1).sqrt()
         return torch.stack([latitude, longitude], dim=1), position, sigma, covariance
 
-# %% ../nbs/80_export.ipynb #bb8eca79
+# %% ../nbs/80_export.ipynb #5ca09698
 def export_onnx(
     model: LocalizationNet,  # trained and calibrated
     description: dict,  # plain values for the metadata: digest of the data, run, metrics …
@@ -99,7 +99,7 @@ def _store_as_half(proto) -> None:
     for cast in reversed(casts):
         proto.graph.node.insert(0, cast)
 
-# %% ../nbs/80_export.ipynb #7b9f7b6a
+# %% ../nbs/80_export.ipynb #b4006b85
 PARITY_METRES, PARITY_SIGMA = 0.1, 1e-3  # what may differ at most
 
 
@@ -131,7 +131,7 @@ def parity(
     return {'position_m': float(np.abs(position_enu - expected[1]).max()), 'degrees_m': float(np.abs(degrees - expected[1]).max()),
             'sigma_relative': float(np.abs(sigma / expected[2] - 1).max())}
 
-# %% ../nbs/80_export.ipynb #4c9eb2d6
+# %% ../nbs/80_export.ipynb #5331099d
 def write_bundle(
     folder: str | Path,  # of the bundle
     model: LocalizationNet,  # trained and calibrated
@@ -183,7 +183,7 @@ def _sample(session, model: LocalizationNet, levels: np.ndarray) -> dict:
     answer = session.run(list(OUTPUTS), {'levels': np.nan_to_num(levels).astype(np.float32), 'heard': heard})
     return {'levels': np.nan_to_num(levels).astype(float).tolist(), 'heard': heard.tolist(), **{name: value.tolist() for name, value in zip(OUTPUTS, answer, strict=True)}}
 
-# %% ../nbs/80_export.ipynb #4f15d637
+# %% ../nbs/80_export.ipynb #3c31d439
 def check_bundle(
     folder: str | Path,  # of the bundle
 ) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['FOURIER_OCTAVES', 'SUMMARY_SIZE', 'backbone', 'cholesky_2x2', 'fourier_features', 'summarise', 'LocalizationNet',
            'localize', 'save_model', 'load_model']
 
-# %% ../nbs/50_model.ipynb #7ab68df1
+# %% ../nbs/50_model.ipynb #0c1e82e9
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from .geodesy import Frame
 from .network import HeimdallError, Network
 from .store import write_file
 
-# %% ../nbs/50_model.ipynb #9eac2d22
+# %% ../nbs/50_model.ipynb #6c422735
 def backbone(
     channels: int,  # of the maps
 ) -> nn.Module:  # maps (B, channels, rows, columns) → features (B, 512)
@@ -33,7 +33,7 @@ def backbone(
     network.fc = nn.Identity()
     return network
 
-# %% ../nbs/50_model.ipynb #d7cc1da4
+# %% ../nbs/50_model.ipynb #0f4c4814
 def cholesky_2x2(
     covariance: torch.Tensor,  # positive definite, shape (B, 2, 2)
 ) -> torch.Tensor:  # lower triangular, shape (B, 2, 2)
@@ -43,7 +43,7 @@ def cholesky_2x2(
     second = (covariance[:, 1, 1] - below**2).clamp_min(1e-6).sqrt()
     return torch.stack([first, torch.zeros_like(first), below, second], dim=1).reshape(-1, 2, 2)
 
-# %% ../nbs/50_model.ipynb #f35446bc
+# %% ../nbs/50_model.ipynb #652029b0
 FOURIER_OCTAVES = 4
 
 
@@ -66,14 +66,14 @@ def summarise(
 ) -> torch.Tensor:  # shape (B, SUMMARY_SIZE)
     "What a posterior looks like, in numbers of order one."
     position = fix.position / extent
-    doubtful, certain = (anchor.moments(fix.log_posterior, tempering)[0] - fix.position for tempering in (0.4, 1.6))
-    log_probability = torch.log_softmax(fix.log_posterior, dim=1)
+    doubtful, certain = (anchor.moments(fix.log_posterior, belief)[0] - fix.position for belief in (0.5, 2.0))
+    log_probability = torch.log_softmax(anchor.tempering * fix.log_posterior, dim=1)
     entropy = -(log_probability.exp() * log_probability).sum(dim=1, keepdim=True)
     shape = torch.stack([torch.log(factor[:, 0, 0] / extent) + 3, torch.log(factor[:, 1, 1] / extent) + 3, factor[:, 1, 0] / factor[:, 0, 0]], dim=1)
     size = (factor[:, 0, 0] * factor[:, 1, 1]).sqrt()[:, None]
     return torch.cat([position, fourier_features(position), doubtful / size, certain / size, shape, entropy - 4], dim=1)
 
-# %% ../nbs/50_model.ipynb #f63f72a1
+# %% ../nbs/50_model.ipynb #7d40971c
 class LocalizationNet(nn.Module):
     "Levels of R receivers → position and covariance, by correcting a level anchor."
     level_mean: torch.Tensor
@@ -133,7 +133,7 @@ class LocalizationNet(nn.Module):
         reshaped = factor @ torch.stack([diagonal[:, 0], torch.zeros_like(diagonal[:, 0]), raw[:, 2], diagonal[:, 1]], dim=1).reshape(-1, 2, 2)
         return fix.position + (factor @ correction[:, :, None])[:, :, 0], self.variance_scale * reshaped @ reshaped.transpose(1, 2)
 
-# %% ../nbs/50_model.ipynb #3d74a302
+# %% ../nbs/50_model.ipynb #a0e9b10c
 def localize(
     model: LocalizationNet,  # trained
     levels: torch.Tensor,  # dB, NaN where not heard, shape (B, R)
@@ -147,7 +147,7 @@ def localize(
         sigma = covariance[:, [0, 1], [0, 1]].double().sqrt()
         return torch.cat([torch.stack([latitude, longitude], dim=1), sigma], dim=1), covariance
 
-# %% ../nbs/50_model.ipynb #6eb3fd83
+# %% ../nbs/50_model.ipynb #6690c0c9
 def save_model(
     model: LocalizationNet,  # the model
     path: str | Path,  # of the file

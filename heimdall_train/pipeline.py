@@ -6,7 +6,7 @@
 __all__ = ['GRID_CELLS', 'FOLDS', 'BLOCK_M', 'Config', 'make_config', 'ingest', 'read_data', 'train', 'evaluate', 'export',
            'predict', 'write_scene_table', 'demo']
 
-# %% ../nbs/90_pipeline.ipynb #9a772101
+# %% ../nbs/90_pipeline.ipynb #91ef787b
 import json
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from heimdall_train.baselines import BaselineResult
     from heimdall_train.model import LocalizationNet
 
-# %% ../nbs/90_pipeline.ipynb #8c0acbe0
+# %% ../nbs/90_pipeline.ipynb #56fc3417
 class Config(BaseSettings):
     "Settings of a run; flat names, the same everywhere."
     model_config = SettingsConfigDict(env_prefix='HEIMDALL_', extra='forbid', frozen=True, protected_namespaces=())
@@ -70,7 +70,7 @@ def make_config(
             raise HeimdallError(f'unknown parameter {name}: known are {", ".join(sorted(Config.model_fields))}') from None
         raise HeimdallError(f'parameter {name}: {first["msg"]}, not {first["input"]!r}') from None
 
-# %% ../nbs/90_pipeline.ipynb #f1396ff0
+# %% ../nbs/90_pipeline.ipynb #b47c1e96
 def ingest(
     table: str | Path,  # level table, with receivers.csv beside it
     config: Config,  # catalog, store, dataset, allow_rejects
@@ -87,7 +87,7 @@ def read_data(
     dataset = catalog.dataset(config.dataset)
     return level_data(catalog.sessions(dataset.name), catalog.network(dataset.network))
 
-# %% ../nbs/90_pipeline.ipynb #0c1aefe6
+# %% ../nbs/90_pipeline.ipynb #caff9e5b
 GRID_CELLS, FOLDS, BLOCK_M = 3000, 5, 200.0
 
 
@@ -123,21 +123,26 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
     "The calibrated model, and what there is to record of its training."
     import torch
 
-    from heimdall_train.anchor import choose_kriging, choose_silence_weight, cross_fit, fit_level_anchor, position_grid
+    from heimdall_train.anchor import choose_kriging, choose_weights, cross_fit, fit_level_anchor, position_grid
     from heimdall_train.model import LocalizationNet
     from heimdall_train.training import estimate, finish, fit, new_learner
     training, validation = data.take(data.rows(split.train)), data.take(data.rows(split.validation))
     frame = _frame(data, split.test)
     positions, receivers = training.enu(frame), data.network.positions_enu(frame)[:, :2]
     started = time.perf_counter()
-    kriging = choose_kriging(positions, training.levels, receivers)
     grid, folds = position_grid(positions, GRID_CELLS), block_folds(positions, BLOCK_M, FOLDS, config.seed)
+    kriging = choose_kriging(positions, training.levels, receivers, folds)
     anchors = cross_fit(positions, training.levels, receivers, grid, kriging, folds, config.gain_drift)
-    silence_weight = 0.0 if config.gain_drift else choose_silence_weight(anchors, positions, training.levels, folds)
-    anchor = fit_level_anchor(positions, training.levels, receivers, grid, kriging, config.gain_drift)
-    anchor.silence_weight.fill_(silence_weight)
+    weights = choose_weights(anchors, positions, training.levels, folds, silence=not config.gain_drift)
+
+    def final_anchor(sources: LevelData):
+        anchor = fit_level_anchor(sources.enu(frame), sources.levels, receivers, grid, kriging, config.gain_drift)
+        anchor.silence_weight.fill_(weights[0])
+        anchor.tempering.fill_(weights[1])
+        return anchor
+    anchor = final_anchor(training)
     say(f'level maps of {int(anchor.known.sum())} receivers kriged with lengths of {kriging.length:.0f} and {kriging.long_length:.0f} m; '
-        f'silence {"counts" if silence_weight else "does not count"} ({time.perf_counter() - started:.0f} s)')
+        f'silence {"counts" if weights[0] else "does not count"} ({time.perf_counter() - started:.0f} s)')
 
     torch.manual_seed(config.seed)
     model = LocalizationNet(data.network, frame, anchor, level_statistics(training.levels))
@@ -154,16 +159,14 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
     finish(model, validation)
     position, covariance, anchor_position, anchor_covariance = estimate(model, validation)
     truth = validation.enu(frame)
-    record = {'epoch': model.description['epoch'] + 1, 'history': history, 'variance_scale': float(model.variance_scale), 'silence_weight': silence_weight,
+    record = {'epoch': model.description['epoch'] + 1, 'history': history, 'variance_scale': float(model.variance_scale), 'silence_weight': weights[0], 'tempering': weights[1],
               'kriging': {name: float(value) for name, value in vars(kriging).items()},
               'seconds': {'maps': began - started, 'training': seconds, 'samples_per_second': len(history) * len(training) / seconds},
               'validation': {'model': evaluate_positions(truth, position, covariance), 'anchor': evaluate_positions(truth, anchor_position, anchor_covariance)}}
-    both = data.take(data.rows(split.train + split.validation))
-    model.anchor = fit_level_anchor(both.enu(frame), both.levels, receivers, grid, kriging, config.gain_drift)
-    model.anchor.silence_weight.fill_(silence_weight)
+    model.anchor = final_anchor(data.take(data.rows(split.train + split.validation)))
     return model, record
 
-# %% ../nbs/90_pipeline.ipynb #bdcc50aa
+# %% ../nbs/90_pipeline.ipynb #60d37747
 def _frame(data: LevelData, test_ids):
     "The local frame: about the zone's centre, else about the sources that are not tested on."
     rest = ~np.isin(data.ids, list(test_ids or []))
@@ -208,7 +211,7 @@ def _read_run(folder: Path) -> tuple[Split, dict]:
     except (OSError, ValueError) as error:
         raise HeimdallError(f'{folder}: no finished training here ({type(error).__name__} for metrics.json): train first') from error
 
-# %% ../nbs/90_pipeline.ipynb #d9127a99
+# %% ../nbs/90_pipeline.ipynb #842f9d7e
 def evaluate(
     config: Config,  # model, catalog, dataset; test_sessions for others than the run's own
     progress: Callable[[str], None] | None = None,  # called with a line now and then
@@ -259,7 +262,7 @@ def _run_baselines(config, data, split, test, model, say) -> dict[str, 'Baseline
     training, validation = ((part.levels, part.enu(model.frame)) for part in (data.take(data.rows(ids)) for ids in (split.train, split.validation)))
     return run_baselines(training, validation, test.levels, data.network.positions_enu(model.frame)[:, :2], config.seed)
 
-# %% ../nbs/90_pipeline.ipynb #40effd88
+# %% ../nbs/90_pipeline.ipynb #1784eb91
 def _evaluation_table(test: LevelData, model: 'LocalizationNet', truth: np.ndarray, answers) -> bytes:
     "evaluation.parquet: a row a test session."
     import io
@@ -311,7 +314,7 @@ def _track_evaluation(config, folder, metrics, evaluation) -> None:
         for name in ('metrics.json', 'report.md', 'map.png', 'errors.png', 'calibration.png', 'evaluation.parquet'):
             run.log_artifact(folder / name)
 
-# %% ../nbs/90_pipeline.ipynb #b05424bf
+# %% ../nbs/90_pipeline.ipynb #b4a25eaa
 def export(
     config: Config,  # model, catalog, tracking
     progress: Callable[[str], None] | None = None,  # called with a line now and then
@@ -353,7 +356,7 @@ def _model_card(model: 'LocalizationNet', metrics: dict) -> str:
              'and as strong as those of training. Receivers that training never heard are masked.', '', '## Test', '']
     return '\n'.join(lines + [markdown_table(Evaluation(**evaluation)) if evaluation else 'Not evaluated.', ''])
 
-# %% ../nbs/90_pipeline.ipynb #35300cfe
+# %% ../nbs/90_pipeline.ipynb #68717ecd
 def predict(
     table: str | Path,  # level table; lat and lon may be missing
     config: Config,  # model: a run folder or a bundle
@@ -405,7 +408,7 @@ def _locator(path: Path) -> tuple[Network, Callable]:
         return network, locate_with_onnx
     raise HeimdallError(f'{path}: neither a run folder with model.safetensors nor a bundle with model.json: train first, or give --model')
 
-# %% ../nbs/90_pipeline.ipynb #45d99f78
+# %% ../nbs/90_pipeline.ipynb #f53a064b
 def write_scene_table(
     name: str,  # of the scene, or its YAML file
     folder: str | Path,  # receives levels.csv, receivers.csv and the ids of the validation and test sessions

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sessions', 'CrossFitted', 'MeanError', 'KeepBest', 'seed_everything', 'new_learner', 'fit', 'estimate', 'finish']
 
-# %% ../nbs/70_training.ipynb #83ed2cbd
+# %% ../nbs/70_training.ipynb #36a75758
 import random
 import warnings
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from .metrics import variance_scale
 from .model import LocalizationNet, load_model, save_model
 from .network import HeimdallError
 
-# %% ../nbs/70_training.ipynb #d0c0e2e3
+# %% ../nbs/70_training.ipynb #fc0c5268
 class Sessions:
     "Samples of level data for a DataLoader."
 
@@ -49,7 +49,7 @@ class Sessions:
     def __getitem__(self, row: int):
         return self.levels[row], self.heard[row], self.folds[row], self.targets[row], self.source_errors[row]
 
-# %% ../nbs/70_training.ipynb #abd51c3f
+# %% ../nbs/70_training.ipynb #422f292a
 class CrossFitted(nn.Module):
     "A network whose training sources meet anchors that have not seen them."
 
@@ -91,7 +91,7 @@ class CrossFitted(nn.Module):
         order = torch.argsort(torch.cat([rows for rows, _ in parts]))
         return Fix(*(torch.cat([getattr(fix, name) for _, fix in parts])[order] for name in Fix._fields))
 
-# %% ../nbs/70_training.ipynb #45c7ab04
+# %% ../nbs/70_training.ipynb #18e16f4b
 class MeanError(Metric):
     "Mean distance between estimated and true position, metres."
 
@@ -138,7 +138,7 @@ class KeepBest(Callback):
         elif self.epoch - self.best_epoch >= self.patience:
             raise CancelFitException()
 
-# %% ../nbs/70_training.ipynb #3f66f526
+# %% ../nbs/70_training.ipynb #cd799c8c
 def seed_everything(
     seed: int,  # of Python's, NumPy's and torch's global generators, which fastai and torch draw from
 ) -> None:
@@ -188,7 +188,7 @@ def fit(
         raise HeimdallError('no epoch ended with a finite validation loss: lower the learning rate')
     return load_model(best)
 
-# %% ../nbs/70_training.ipynb #a6845c5f
+# %% ../nbs/70_training.ipynb #b9c0684d
 def estimate(
     model: LocalizationNet,  # the model
     data: LevelData,  # the sessions
