@@ -10,6 +10,7 @@ The data are not part of this repository: put them under $HEIMDALL_DATA/powder_f
 training sessions in blocks of 200 m, drawn by seed; every choice is made on it; the test sessions are read once a seed. `april` is trained with a
 gain drift of 4 dB, since its receivers are those of another campaign. A run that is interrupted goes on where it stopped.
 """
+
 import argparse
 import json
 import os
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--first-seed', type=int, default=0)
     parser.add_argument('--epochs', type=int, default=4)
+    parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--out', type=Path, default=Path('runs/powder'))
     options = parser.parse_args()
     data = Path(os.environ.get('HEIMDALL_DATA', Path(__file__).resolve().parents[2] / 'shared' / 'data')) / 'powder_frs'
@@ -47,7 +49,7 @@ def main() -> None:
     for split in options.splits:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         runs = [run(split, seed, data, catalog, options) for seed in seeds]
-        summary = summarise(split, list(seeds), runs, options.epochs)
+        summary = summarise(split, list(seeds), runs, options)
         (options.out / f'{split}.json').write_text(json.dumps(summary, indent=1) + '\n')
         print(markdown(summary), flush=True)
 
@@ -55,8 +57,15 @@ def main() -> None:
 def run(split: str, seed: int, data: Path, catalog: Path, options: argparse.Namespace) -> dict:
     """Metrics of one run; one that is finished is read, not repeated."""
     folder = options.out / f'{split}-{seed}'
-    config = make_config(catalog=str(catalog), out=folder, seed=seed, epochs=options.epochs, test_sessions=data / 'splits' / f'{split}.txt',
-                         gain_drift=GAIN_DRIFT.get(split, 0.0))
+    config = make_config(
+        catalog=str(catalog),
+        out=folder,
+        seed=seed,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        test_sessions=data / 'splits' / f'{split}.txt',
+        gain_drift=GAIN_DRIFT.get(split, 0.0),
+    )
     finished = folder / 'metrics.json'
     if not (finished.exists() and 'evaluation' in json.loads(finished.read_text())):
         print(f'--- {split}, seed {seed}', flush=True)
@@ -65,36 +74,69 @@ def run(split: str, seed: int, data: Path, catalog: Path, options: argparse.Name
     return json.loads(finished.read_text())
 
 
-def summarise(split: str, seeds: list[int], runs: list[dict], epochs: int) -> dict:
+def summarise(split: str, seeds: list[int], runs: list[dict], options: argparse.Namespace) -> dict:
     """Means and spreads over the seeds, and coverage pooled over them."""
     evaluations = [Evaluation(**metrics['evaluation']) for metrics in runs]
     methods = {name: [metrics['evaluation'][name] for metrics in runs] for name in ('model', 'anchor')}
     methods |= {name: [metrics['evaluation']['baselines'][name] for metrics in runs] for name in runs[0]['evaluation']['baselines']}
-    means = {name: {figure: None if rows[0][figure] is None else float(np.mean([row[figure] for row in rows])) for figure in FIGURES} for name, rows in methods.items()}
-    spread = {name: {figure: None if rows[0][figure] is None else float(np.ptp([row[figure] for row in rows])) for figure in FIGURES} for name, rows in methods.items()}
-    return {'benchmark': 'powder_frs', 'split': split, 'n': evaluations[0].n, 'seeds': seeds, 'epochs': epochs, 'gain_drift_db': GAIN_DRIFT.get(split, 0.0),
-            'date': datetime.now(UTC).date().isoformat(), 'hardware': f'{platform.machine()}, {os.cpu_count()} cores, no GPU',
-            'versions': {name: version(name) for name in ('heimdall-train', 'torch', 'fastai', 'scikit-learn', 'numpy')},
-            'dataset_digest': evaluations[0].dataset_digest, 'mean': means, 'range_over_seeds': spread,
-            'coverage': {name: {level: observed._asdict() for level, observed in pool_coverage(evaluations, name).items()} for name in methods},
-            'samples_per_second': [metrics['training']['seconds']['samples_per_second'] for metrics in runs],
-            'seconds_maps': [metrics['training']['seconds']['maps'] for metrics in runs],
-            'seconds_training': [metrics['training']['seconds']['training'] for metrics in runs],
-            'validation': [{name: metrics['training']['validation'][name]['mean_m'] for name in ('model', 'anchor')} for metrics in runs],
-            'per_seed': [metrics['evaluation'] for metrics in runs]}
+    means = {
+        name: {figure: None if rows[0][figure] is None else float(np.mean([row[figure] for row in rows])) for figure in FIGURES}
+        for name, rows in methods.items()
+    }
+    spread = {
+        name: {figure: None if rows[0][figure] is None else float(np.ptp([row[figure] for row in rows])) for figure in FIGURES}
+        for name, rows in methods.items()
+    }
+    return {
+        'benchmark': 'powder_frs',
+        'split': split,
+        'n': evaluations[0].n,
+        'seeds': seeds,
+        'epochs': options.epochs,
+        'batch_size': options.batch_size,
+        'gain_drift_db': GAIN_DRIFT.get(split, 0.0),
+        'date': datetime.now(UTC).date().isoformat(),
+        'hardware': f'{platform.machine()}, {os.cpu_count()} cores, no GPU',
+        'versions': {name: version(name) for name in ('heimdall-train', 'torch', 'fastai', 'scikit-learn', 'numpy')},
+        'dataset_digest': evaluations[0].dataset_digest,
+        'mean': means,
+        'range_over_seeds': spread,
+        'coverage': {name: {level: observed._asdict() for level, observed in pool_coverage(evaluations, name).items()} for name in methods},
+        'samples_per_second': [metrics['training']['seconds']['samples_per_second'] for metrics in runs],
+        'seconds_maps': [metrics['training']['seconds']['maps'] for metrics in runs],
+        'seconds_training': [metrics['training']['seconds']['training'] for metrics in runs],
+        'validation': [{name: metrics['training']['validation'][name]['mean_m'] for name in ('model', 'anchor')} for metrics in runs],
+        'per_seed': [metrics['evaluation'] for metrics in runs],
+    }
 
 
 def markdown(summary: dict) -> str:
     """A table of the methods, means over the seeds with half the range in brackets."""
-    lines = [f'\n## {summary["split"]}: {summary["n"]} test sessions, seeds {summary["seeds"]}, {summary["epochs"]} epochs, {summary["hardware"]}',
-             f'{np.mean(summary["samples_per_second"]):.0f} samples/s; maps {np.mean(summary["seconds_maps"]):.0f} s, training {np.mean(summary["seconds_training"]):.0f} s', '',
-             '| method | mean m | median m | RMSE m | p90 m | p95 m | 50 % ellipse | 90 % ellipse (95 % interval) | NEES |', '|---|---:|---:|---:|---:|---:|---:|---:|---:|']
+    lines = [
+        f'\n## {summary["split"]}: {summary["n"]} test sessions, seeds {summary["seeds"]}, {summary["epochs"]} epochs, {summary["hardware"]}',
+        f'{np.mean(summary["samples_per_second"]):.0f} samples/s; '
+        f'maps {np.mean(summary["seconds_maps"]):.0f} s, training {np.mean(summary["seconds_training"]):.0f} s',
+        '',
+        '| method | mean m | median m | RMSE m | p90 m | p95 m | 50 % ellipse | 90 % ellipse (95 % interval) | NEES |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
+    ]
     for name, figures in summary['mean'].items():
         half = summary['range_over_seeds'][name]['mean_m'] / 2
         coverage = summary['coverage'][name]
-        shares = [f'{coverage["50"]["fraction"]:.2f}', f'{coverage["90"]["fraction"]:.2f} ({coverage["90"]["low"]:.2f}–{coverage["90"]["high"]:.2f})', f'{figures["nees"]:.2f}'] \
-            if coverage else ['–', '–', '–']
-        lines.append(f'| {name} | {figures["mean_m"]:.0f} (±{half:.0f}) | ' + ' | '.join([*(f'{figures[key]:.0f}' for key in ('median_m', 'rmse_m', 'p90_m', 'p95_m')), *shares]) + ' |')
+        shares = (
+            [
+                f'{coverage["50"]["fraction"]:.2f}',
+                f'{coverage["90"]["fraction"]:.2f} ({coverage["90"]["low"]:.2f}–{coverage["90"]["high"]:.2f})',
+                f'{figures["nees"]:.2f}',
+            ]
+            if coverage
+            else ['–', '–', '–']
+        )
+        lines.append(
+            f'| {name} | {figures["mean_m"]:.0f} (±{half:.0f}) | '
+            + ' | '.join([*(f'{figures[key]:.0f}' for key in ('median_m', 'rmse_m', 'p90_m', 'p95_m')), *shares])
+            + ' |'
+        )
     return '\n'.join(lines)
 
 

@@ -44,6 +44,7 @@ one_blas_thread = threadpool_limits.wrap(limits=1, user_api='blas')  # small mat
 @dataclass(frozen=True)
 class Kriging:
     "Hyper-parameters of the level maps."
+
     length: float = 150.0  # metres, of the short Matérn-3/2 term
     deviation: float = 6.0  # dB, of the short term
     long_length: float = 500.0  # metres, of the long term
@@ -109,7 +110,9 @@ class LevelMap:
         precision = np.diag([1e-6, 0.25][: trend.shape[1]])
         self.weighted_trend = inverse @ trend
         self.information = trend.T @ self.weighted_trend + precision
-        self.coefficients = np.linalg.solve(self.information, self.weighted_trend.T @ values + precision @ np.array([0.0, 2.6])[: trend.shape[1]])
+        self.coefficients = np.linalg.solve(
+            self.information, self.weighted_trend.T @ values + precision @ np.array([0.0, 2.6])[: trend.shape[1]]
+        )
         self.weights = inverse @ (values - trend @ self.coefficients)
         self.left_out_error = self.weights / np.diag(inverse)
         self.left_out_variance = 1 / np.diag(inverse)
@@ -118,15 +121,22 @@ class LevelMap:
     def predict(self) -> tuple[np.ndarray, np.ndarray]:  # mean in dB and variance in dB² of a new recording's level, each of shape (G,)
         "Predict the level of a new recording at the survey's targets."
         kriging, across, trend = self.survey.kriging, self.survey.across[:, self.cells], _trend(self.survey.targets, self.receiver)
-        explained = (solve_triangular(self.factor.astype(np.float32), across.T.astype(np.float32), lower=True, check_finite=False) ** 2).sum(axis=0)
+        explained = (
+            solve_triangular(self.factor.astype(np.float32), across.T.astype(np.float32), lower=True, check_finite=False) ** 2
+        ).sum(axis=0)
         leftover = trend - across @ self.weighted_trend
         of_trend = np.einsum('gi,ij,gj->g', leftover, np.linalg.inv(self.information), leftover)
-        return (trend @ self.coefficients + across @ self.weights,
-                kriging.deviation**2 + kriging.long_deviation**2 - explained + of_trend + kriging.nugget**2)
+        return (
+            trend @ self.coefficients + across @ self.weights,
+            kriging.deviation**2 + kriging.long_deviation**2 - explained + of_trend + kriging.nugget**2,
+        )
 
     def where_silent(self) -> np.ndarray:  # dB, shape (M,)
         "Expected level of each source that the receiver did not hear."
-        return _trend(self.survey.places[self.silent], self.receiver) @ self.coefficients + self.survey.among[np.ix_(self.silent, self.cells)] @ self.weights
+        return (
+            _trend(self.survey.places[self.silent], self.receiver) @ self.coefficients
+            + self.survey.among[np.ix_(self.silent, self.cells)] @ self.weights
+        )
 
 # %% ../nbs/45_anchor.ipynb #c7ef95e7
 def scatter_scale(
@@ -147,6 +157,7 @@ def hearing_probability(
 ) -> np.ndarray:  # between 0.02 and 0.98, shape (G,)
     "Logistic regression of hearing on the expected level; flat where a stronger signal is not heard more often."
     from sklearn.linear_model import LogisticRegression
+
     share = len(expected_heard) / (len(expected_heard) + len(expected_silent))
     probability = np.full(len(expected), share)
     if len(expected_silent):
@@ -160,6 +171,7 @@ def hearing_probability(
 # %% ../nbs/45_anchor.ipynb #7d0f94fa
 class Fix(NamedTuple):
     "A position with its covariance, and the posterior it comes from."
+
     position: torch.Tensor  # metres east and north, shape (B, 2)
     covariance: torch.Tensor  # m², shape (B, 2, 2)
     log_posterior: torch.Tensor  # of each cell, before tempering, up to a constant, shape (B, G)
@@ -170,6 +182,7 @@ OUTLIER_SHARE, OUTLIER_DEVIATION = 0.02, 20.0
 
 class LevelAnchor(nn.Module):
     "Posterior over a grid from per-receiver level maps; grid and maps are buffers."
+
     grid: torch.Tensor
     mean: torch.Tensor
     variance: torch.Tensor
@@ -189,8 +202,15 @@ class LevelAnchor(nn.Module):
         tempering: float = 0.8,  # factor of the log-likelihood
     ):
         super().__init__()
-        for name, value in (('grid', grid), ('mean', mean), ('variance', variance), ('hearing', hearing), ('known', known),
-                            ('silence_weight', torch.as_tensor(silence_weight)), ('tempering', torch.as_tensor(tempering))):
+        for name, value in (
+            ('grid', grid),
+            ('mean', mean),
+            ('variance', variance),
+            ('hearing', hearing),
+            ('known', known),
+            ('silence_weight', torch.as_tensor(silence_weight)),
+            ('tempering', torch.as_tensor(tempering)),
+        ):
             self.register_buffer(name, value.float())
 
     def log_posterior(
@@ -203,8 +223,11 @@ class LevelAnchor(nn.Module):
         heard = heard * self.known
         silent = (self.known if working is None else self.known * working) - heard
         square = (levels[:, :, None] - self.mean) ** 2  # then, up to a constant: log of the mixture = broad + log(1 + core / broad)
-        core_over_broad = (math.log((1 - OUTLIER_SHARE) / OUTLIER_SHARE * OUTLIER_DEVIATION) - 0.5 * torch.log(self.variance)
-                           - square * (0.5 / self.variance - 0.5 / OUTLIER_DEVIATION**2))
+        core_over_broad = (
+            math.log((1 - OUTLIER_SHARE) / OUTLIER_SHARE * OUTLIER_DEVIATION)
+            - 0.5 * torch.log(self.variance)
+            - square * (0.5 / self.variance - 0.5 / OUTLIER_DEVIATION**2)
+        )
         terms = torch.nn.functional.softplus(core_over_broad) - square * (0.5 / OUTLIER_DEVIATION**2)
         of_levels = (heard[:, None, :] @ terms)[:, 0]
         return of_levels + self.silence_weight * (heard @ torch.log(self.hearing) + silent @ torch.log1p(-self.hearing))
@@ -249,7 +272,9 @@ def fit_level_anchor(
     heard = ~np.isnan(levels)
     known = heard.sum(axis=0) >= MINIMUM_HEARD
     if known.sum() < 3:
-        raise HeimdallError(f'{known.sum()} receivers heard at least {MINIMUM_HEARD} training sessions; three are needed: ingest more sessions')
+        raise HeimdallError(
+            f'{known.sum()} receivers heard at least {MINIMUM_HEARD} training sessions; three are needed: ingest more sessions'
+        )
     mean = np.zeros((levels.shape[1], len(grid)))
     variance, hearing = np.ones_like(mean), np.full_like(mean, 0.5)
     survey = Survey(positions, grid, kriging)
@@ -258,7 +283,8 @@ def fit_level_anchor(
         mean[receiver], variance[receiver] = level_map.predict()
         variance[receiver] = variance[receiver] * scatter_scale(level_map, mean[receiver]) + gain_drift**2
         hearing[receiver] = hearing_probability(level_map.left_out_level, level_map.where_silent(), mean[receiver])
-    return LevelAnchor(*(torch.from_numpy(values) for values in (grid, mean, variance, hearing, known)))
+    tensors = [torch.from_numpy(values) for values in (grid, mean, variance, hearing, known)]
+    return LevelAnchor(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4])
 
 # %% ../nbs/45_anchor.ipynb #1f01a6c9
 def cross_fit(
@@ -271,7 +297,10 @@ def cross_fit(
     gain_drift: float = 0.0,  # dB, deviation by which a receiver's gain may have changed since training
 ) -> list[LevelAnchor]:
     "One anchor a fold, fitted on the sources of the other folds."
-    return [fit_level_anchor(positions[folds != fold], levels[folds != fold], receivers, grid, kriging, gain_drift) for fold in range(folds.max() + 1)]
+    return [
+        fit_level_anchor(positions[folds != fold], levels[folds != fold], receivers, grid, kriging, gain_drift)
+        for fold in range(folds.max() + 1)
+    ]
 
 # %% ../nbs/45_anchor.ipynb #8bc6bcc6
 def log_score(
@@ -289,7 +318,9 @@ def log_score(
             anchor.silence_weight.fill_(weight)
             log_posterior = anchor.log_posterior(chosen.nan_to_num(), (~chosen.isnan()).float())
             for tempering in (0.6, 0.8, 1.0):
-                scores[weight, tempering] += float(torch.log_softmax(tempering * log_posterior, dim=1)[torch.arange(len(rows)), cell[rows]].sum())
+                scores[weight, tempering] += float(
+                    torch.log_softmax(tempering * log_posterior, dim=1)[torch.arange(len(rows)), cell[rows]].sum()
+                )
     anchor.silence_weight.fill_(before)
     return scores
 
@@ -307,6 +338,7 @@ def choose_kriging(
     def score(kriging: Kriging) -> float:
         anchor = fit_level_anchor(positions[~left_out], levels[~left_out], receivers, grid, kriging)
         return max(log_score(anchor, positions[left_out], levels[left_out]).values())
+
     best, highest = default, score(default)
     for factors in ((2.0, 4.0, 8.0, 16.0, 32.0), (0.5, 0.25)):
         for factor in factors:

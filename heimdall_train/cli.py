@@ -17,21 +17,36 @@ from typing import Annotated, Any
 import typer
 
 # %% ../nbs/95_cli.ipynb #69b4c6dc
-app = typer.Typer(help='Localise a radio transmitter from a network of receivers, and say how sure the answer is.', no_args_is_help=True,
-                  pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    help='Localise a radio transmitter from a network of receivers, and say how sure the answer is.',
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
 ingest_app = typer.Typer(help='Read what was recorded into catalog and store.', no_args_is_help=True)
 app.add_typer(ingest_app, name='ingest')
 
-CatalogOption = Annotated[str | None, typer.Option('--catalog', help='Catalog of sessions: an SQLite file or sqlite:///… [default: runs/catalog.db]')]
+CatalogOption = Annotated[
+    str | None, typer.Option('--catalog', help='Catalog of sessions: an SQLite file or sqlite:///… [default: runs/catalog.db]')
+]
 StoreOption = Annotated[str | None, typer.Option('--store', help='Store of recordings and tables: a folder [default: runs/store]')]
 DatasetOption = Annotated[str | None, typer.Option('--dataset', help='Dataset in the catalog; may be left out where there is only one')]
 OutOption = Annotated[Path | None, typer.Option('--out', help='Run folder [default: runs/train]')]
 ModelOption = Annotated[Path | None, typer.Option('--model', help='Run folder or bundle to use [default: the run folder]')]
-TestOption = Annotated[Path | None, typer.Option('--test-sessions', help='File with one session id a line [default: hold out whole blocks]')]
+TestOption = Annotated[
+    Path | None, typer.Option('--test-sessions', help='File with one session id a line [default: hold out whole blocks]')
+]
 SeedOption = Annotated[int | None, typer.Option('--seed', help='Of blocks, weights, order of samples and drop-out [default: 0]')]
 EpochsOption = Annotated[int | None, typer.Option('--epochs', help='Epochs that the one cycle of the learning rate spans [default: 10]')]
-DriftOption = Annotated[float | None, typer.Option('--gain-drift', help='dB by which gains may have changed since training; above 0 silence means nothing either [default: 0]')]
-TrackingOption = Annotated[str | None, typer.Option('--tracking', help='MLflow tracking URI [default: an SQLite file beside the run folder]')]
+DriftOption = Annotated[
+    float | None,
+    typer.Option(
+        '--gain-drift', help='dB by which gains may have changed since training; above 0 silence means nothing either [default: 0]'
+    ),
+]
+TrackingOption = Annotated[
+    str | None, typer.Option('--tracking', help='MLflow tracking URI [default: an SQLite file beside the run folder]')
+]
 RejectsOption = Annotated[bool, typer.Option('--allow-rejects', help='Keep the good rows even where more than a fifth is bad')]
 JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON alone on standard output')]
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error')]
@@ -44,8 +59,10 @@ def _run(
 ) -> Any:
     "Call with a configuration; input errors end in one line and exit code 2, an interruption in 130."
     from heimdall_train.network import HeimdallError
+
     try:
         from heimdall_train.pipeline import make_config
+
         return call(make_config(**values))
     except HeimdallError as error:
         if debug:
@@ -58,6 +75,7 @@ def _run(
         if debug:
             raise
         from heimdall_train.store import explain_os_error
+
         where = f'failed on {error.filename}' if error.filename else 'failed'
         print(f'heimdall-train: {explain_os_error(where, error)}', file=sys.stderr)
         raise typer.Exit(2) from None
@@ -84,18 +102,35 @@ def main_callback() -> None:
 @ingest_app.command('levels')
 def ingest_levels_command(
     table: Annotated[Path, typer.Argument(help='Level table (CSV) with receivers.csv beside it')],
-    catalog: CatalogOption = None, store: StoreOption = None, dataset: DatasetOption = None, allow_rejects: RejectsOption = False,
-    as_json: JsonOption = False, debug: DebugOption = False,
+    catalog: CatalogOption = None,
+    store: StoreOption = None,
+    dataset: DatasetOption = None,
+    allow_rejects: RejectsOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     "Read a table of received levels; what cannot be used is set aside and listed with its reason."
     from dataclasses import asdict
+
     def call(config):
         from heimdall_train.pipeline import ingest
+
         return ingest(table, config)
+
     report = _run(call, debug, catalog=catalog, store=store, dataset=dataset, allow_rejects=allow_rejects)
     if as_json:
-        print(json.dumps({'dataset': report.dataset, 'sessions': report.sessions, 'unchanged': report.unchanged, 'digest': report.digest,
-                          'table_uri': report.table_uri, 'rejects': [asdict(reject) for reject in report.rejects]}))
+        print(
+            json.dumps(
+                {
+                    'dataset': report.dataset,
+                    'sessions': report.sessions,
+                    'unchanged': report.unchanged,
+                    'digest': report.digest,
+                    'table_uri': report.table_uri,
+                    'rejects': [asdict(reject) for reject in report.rejects],
+                }
+            )
+        )
     else:
         print(report)
     _next(f'heimdall-train train{f" --catalog {catalog}" if catalog else ""} --out runs/{report.dataset}')
@@ -103,33 +138,72 @@ def ingest_levels_command(
 
 @app.command()
 def train(
-    catalog: CatalogOption = None, dataset: DatasetOption = None, out: OutOption = None, test_sessions: TestOption = None, seed: SeedOption = None,
-    epochs: EpochsOption = None, gain_drift: DriftOption = None, tracking: TrackingOption = None, as_json: JsonOption = False, debug: DebugOption = False,
+    catalog: CatalogOption = None,
+    dataset: DatasetOption = None,
+    out: OutOption = None,
+    test_sessions: TestOption = None,
+    seed: SeedOption = None,
+    epochs: EpochsOption = None,
+    gain_drift: DriftOption = None,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     "Train and calibrate a model on the sessions of the catalog."
+
     def call(config):
         from heimdall_train.pipeline import train
+
         return train(config, _say)
-    folder = _run(call, debug, catalog=catalog, dataset=dataset, out=out, test_sessions=test_sessions, seed=seed, epochs=epochs, gain_drift=gain_drift, tracking=tracking)
+
+    folder = _run(
+        call,
+        debug,
+        catalog=catalog,
+        dataset=dataset,
+        out=out,
+        test_sessions=test_sessions,
+        seed=seed,
+        epochs=epochs,
+        gain_drift=gain_drift,
+        tracking=tracking,
+    )
     record = json.loads((folder / 'metrics.json').read_text())['training']
     if as_json:
         print(json.dumps(record))
     else:
         validation = record['validation']['model']
-        print(f'{folder}: validation mean {validation["mean_m"]:.0f} m, median {validation["median_m"]:.0f} m; {record["seconds"]["samples_per_second"]:.0f} samples/s')
-    _next(f'heimdall-train evaluate --model {folder}{f" --catalog {catalog}" if catalog else ""}', f'heimdall-train export --model {folder}{f" --catalog {catalog}" if catalog else ""}')
+        print(
+            f'{folder}: validation mean {validation["mean_m"]:.0f} m, median {validation["median_m"]:.0f} m; '
+            f'{record["seconds"]["samples_per_second"]:.0f} samples/s'
+        )
+    _next(
+        f'heimdall-train evaluate --model {folder}{f" --catalog {catalog}" if catalog else ""}',
+        f'heimdall-train export --model {folder}{f" --catalog {catalog}" if catalog else ""}',
+    )
 
 
 @app.command()
 def evaluate(
-    model: ModelOption = None, catalog: CatalogOption = None, dataset: DatasetOption = None, test_sessions: TestOption = None, seed: SeedOption = None,
-    tracking: TrackingOption = None, as_json: JsonOption = False, debug: DebugOption = False,
+    model: ModelOption = None,
+    catalog: CatalogOption = None,
+    dataset: DatasetOption = None,
+    test_sessions: TestOption = None,
+    seed: SeedOption = None,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     "Evaluate a run on its test sessions, beside its anchor and all baselines."
+
     def call(config):
         from heimdall_train.pipeline import evaluate
+
         return evaluate(config, _say), config.model_path
-    evaluation, folder = _run(call, debug, model=model, catalog=catalog, dataset=dataset, test_sessions=test_sessions, seed=seed, tracking=tracking)
+
+    evaluation, folder = _run(
+        call, debug, model=model, catalog=catalog, dataset=dataset, test_sessions=test_sessions, seed=seed, tracking=tracking
+    )
     if as_json:
         print(evaluation.model_dump_json())
     else:
@@ -139,13 +213,20 @@ def evaluate(
 
 @app.command()
 def export(
-    model: ModelOption = None, catalog: CatalogOption = None, dataset: DatasetOption = None, tracking: TrackingOption = None,
-    as_json: JsonOption = False, debug: DebugOption = False,
+    model: ModelOption = None,
+    catalog: CatalogOption = None,
+    dataset: DatasetOption = None,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     "Export a run to ONNX, hold the graph against the model, and register it."
+
     def call(config):
         from heimdall_train.pipeline import export
+
         return export(config, _say)
+
     bundle = _run(call, debug, model=model, catalog=catalog, dataset=dataset, tracking=tracking)
     description = json.loads((bundle / 'model.json').read_text())
     print(json.dumps({'bundle': str(bundle), 'parity': description['parity']}) if as_json else bundle)
@@ -155,17 +236,23 @@ def export(
 @app.command()
 def predict(
     table: Annotated[Path, typer.Argument(help='Level table (CSV); lat and lon are not needed and not read')],
-    model: ModelOption = None, out: Annotated[Path | None, typer.Option('--out', help='CSV file to write [default: standard output]')] = None,
-    allow_rejects: RejectsOption = False, as_json: JsonOption = False, debug: DebugOption = False,
+    model: ModelOption = None,
+    out: Annotated[Path | None, typer.Option('--out', help='CSV file to write [default: standard output]')] = None,
+    allow_rejects: RejectsOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     "Locate the sessions of a level table."
+
     def call(config):
         from heimdall_train.pipeline import predict
         from heimdall_train.store import write_file
+
         answers, rejects = predict(table, config)
         if out is not None:
             write_file(out, _csv(answers).encode())
         return answers, rejects
+
     answers, rejects = _run(call, debug, model=model, allow_rejects=allow_rejects)
     for reject in rejects:
         _say(f'set aside: {reject}')
@@ -179,6 +266,7 @@ def _csv(answers: list[dict]) -> str:
     "Answers as CSV."
     import csv
     import io
+
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(answers[0]))
     writer.writeheader()
@@ -188,29 +276,39 @@ def _csv(answers: list[dict]) -> str:
 
 @app.command()
 def demo(
-    out: OutOption = None, seed: SeedOption = None, epochs: EpochsOption = None, as_json: JsonOption = False, debug: DebugOption = False,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    epochs: EpochsOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     "Simulate a test bed, train on it, evaluate beside the baselines, and export: everything in runs/demo."
     folder = out or Path('runs/demo')
 
     def call(config):
         from heimdall_train.pipeline import demo
+
         return demo(config, _say)
+
     evaluation = _run(call, debug, out=folder, seed=seed, epochs=epochs)
     if as_json:
         print(evaluation.model_dump_json())
     else:
         _print_table(evaluation)
         print(f'map: {folder / "map.png"}   report: {folder / "report.md"}   bundle: {folder / "bundle"}')
-    _next(f'heimdall-train predict {folder / "scene" / "levels.csv"} --model {folder / "bundle"}',
-          'heimdall-train ingest levels YOUR/levels.csv', f'mlflow ui --backend-store-uri sqlite:///{folder.parent / "mlflow.db"}',
-          'jupyter lab nbs/tutorials/levels.ipynb')
+    _next(
+        f'heimdall-train predict {folder / "scene" / "levels.csv"} --model {folder / "bundle"}',
+        'heimdall-train ingest levels YOUR/levels.csv',
+        f'mlflow ui --backend-store-uri sqlite:///{folder.parent / "mlflow.db"}',
+        'jupyter lab nbs/tutorials/levels.ipynb',
+    )
 
 
 def _print_table(evaluation) -> None:
     "The evaluation as a table for people."
     from rich.console import Console
     from rich.table import Table
+
     table = Table(title=f'{evaluation.n} test sessions, errors in metres')
     for column in ('method', 'mean', 'median', 'RMSE', '90 %', '95 %', '50 % ellipse holds', '90 % ellipse holds', 'NEES'):
         table.add_column(column, justify='left' if column == 'method' else 'right')
@@ -218,8 +316,13 @@ def _print_table(evaluation) -> None:
     for name, metrics in rows.items():
         if metrics is not None:
             share = [f'{metrics.coverage[level]:.0%}' if metrics.coverage[level] is not None else '–' for level in ('50', '90')]
-            table.add_row(name, *(f'{value:.0f}' for value in (metrics.mean_m, metrics.median_m, metrics.rmse_m, metrics.p90_m, metrics.p95_m)), *share,
-                          f'{metrics.nees:.2f}' if metrics.nees is not None else '–', style='bold' if name == 'model' else None)
+            table.add_row(
+                name,
+                *(f'{value:.0f}' for value in (metrics.mean_m, metrics.median_m, metrics.rmse_m, metrics.p90_m, metrics.p95_m)),
+                *share,
+                f'{metrics.nees:.2f}' if metrics.nees is not None else '–',
+                style='bold' if name == 'model' else None,
+            )
     Console().print(table)
 
 

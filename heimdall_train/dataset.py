@@ -112,7 +112,8 @@ def make_split(
             free[row] = False
             set_aside[str(data.ids[row])] = f'its source is also in {name}'
         parts[name] = rows
-    split = Split(*([str(identifier) for identifier in data.ids[rows]] for rows in (np.flatnonzero(free), parts['validation'], parts['test'])), set_aside)
+    train, validation, test = ([str(identifier) for identifier in data.ids[rows]] for rows in (np.flatnonzero(free), parts['validation'], parts['test']))
+    split = Split(train, validation, test, set_aside)
     split.check(data)
     return split
 

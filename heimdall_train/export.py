@@ -55,18 +55,41 @@ def export_onnx(
 ) -> bytes:  # a serialised ONNX model
     "One ONNX graph with dynamic batch, half-precision weights and metadata."
     import onnx
+
     batch = torch.export.Dim('batch')
     example = torch.zeros(2, len(model.network)), torch.ones(2, len(model.network))
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter('ignore')
-        program = torch.onnx.export(LevelGraph(model).eval(), example, input_names=INPUTS, output_names=OUTPUTS, dynamo=True, opset_version=18,
-                                    dynamic_shapes={name: {0: batch} for name in INPUTS}, optimize=False, verbose=False)
+        program = torch.onnx.export(
+            LevelGraph(model).eval(),
+            example,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamo=True,
+            opset_version=18,
+            dynamic_shapes={name: {0: batch} for name in INPUTS},
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None  # only without dynamo
     proto = program.model_proto
     _store_as_half(proto)
-    values = {'receivers': [{'name': receiver.name, 'latitude': receiver.latitude, 'longitude': receiver.longitude, 'altitude': receiver.altitude, 'known': bool(known)}
-                            for receiver, known in zip(model.network.receivers, model.anchor.known, strict=True)],
-              'origin': {'latitude': model.frame.latitude, 'longitude': model.frame.longitude, 'height': model.frame.height},
-              'source_height': model.network.source_height, 'calibration': {'variance_scale': float(model.variance_scale)}, **description}
+    values = {
+        'receivers': [
+            {
+                'name': receiver.name,
+                'latitude': receiver.latitude,
+                'longitude': receiver.longitude,
+                'altitude': receiver.altitude,
+                'known': bool(known),
+            }
+            for receiver, known in zip(model.network.receivers, model.anchor.known, strict=True)
+        ],
+        'origin': {'latitude': model.frame.latitude, 'longitude': model.frame.longitude, 'height': model.frame.height},
+        'source_height': model.network.source_height,
+        'calibration': {'variance_scale': float(model.variance_scale)},
+        **description,
+    }
     for key, value in values.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(proto, full_check=True)
@@ -87,6 +110,7 @@ class _quiet:
 def _store_as_half(proto) -> None:
     "Store each large float32 weight that is exactly a half-precision number as one, behind a Cast."
     from onnx import TensorProto, helper, numpy_helper
+
     casts = []
     for initializer in proto.graph.initializer:
         if initializer.data_type != TensorProto.FLOAT or np.prod(initializer.dims) < 1024:
@@ -108,12 +132,17 @@ def onnx_session(
 ):  # onnxruntime.InferenceSession
     "Load a graph into ONNX Runtime on the CPU; `HeimdallError` where it is not one."
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     try:
-        return onnxruntime.InferenceSession(source if isinstance(source, bytes) else str(source), options, providers=['CPUExecutionProvider'])
+        return onnxruntime.InferenceSession(
+            source if isinstance(source, bytes) else str(source), options, providers=['CPUExecutionProvider']
+        )
     except Exception as error:  # the runtime's exceptions have no common base of their own
-        raise HeimdallError(f'{"the graph" if isinstance(source, bytes) else source}: not a whole ONNX model ({" ".join(str(error).split())[:120]}): export again') from error
+        raise HeimdallError(
+            f'{"the graph" if isinstance(source, bytes) else source}: not a whole ONNX model ({" ".join(str(error).split())[:120]}): export again'
+        ) from error
 
 
 def parity(
@@ -128,8 +157,11 @@ def parity(
         expected = [value.numpy() for value in LevelGraph(model).eval()(torch.from_numpy(levels), torch.from_numpy(heard))]
     position, position_enu, sigma, _ = session.run(list(OUTPUTS), {'levels': levels, 'heard': heard})
     degrees = model.frame.to_enu(position[:, 0], position[:, 1], model.network.source_height)[:, :2]
-    return {'position_m': float(np.abs(position_enu - expected[1]).max()), 'degrees_m': float(np.abs(degrees - expected[1]).max()),
-            'sigma_relative': float(np.abs(sigma / expected[2] - 1).max())}
+    return {
+        'position_m': float(np.abs(position_enu - expected[1]).max()),
+        'degrees_m': float(np.abs(degrees - expected[1]).max()),
+        'sigma_relative': float(np.abs(sigma / expected[2] - 1).max()),
+    }
 
 # %% ../nbs/80_export.ipynb #5331099d
 def write_bundle(
@@ -149,7 +181,9 @@ def write_bundle(
     session = onnx_session(serialised)
     differences = parity(model, session, levels)
     if not (max(differences['position_m'], differences['degrees_m']) < PARITY_METRES and differences['sigma_relative'] < PARITY_SIGMA):
-        raise HeimdallError(f'the exported graph differs from the model: {differences}; allowed are {PARITY_METRES} m and {PARITY_SIGMA:.1%} of σ')
+        raise HeimdallError(
+            f'the exported graph differs from the model: {differences}; allowed are {PARITY_METRES} m and {PARITY_SIGMA:.1%} of σ'
+        )
     files = {
         'model.onnx': serialised,
         'model.json': json.dumps({'inputs': INPUTS, 'outputs': OUTPUTS, 'parity': differences, **_metadata(serialised)}, indent=1).encode(),
@@ -168,6 +202,7 @@ def write_bundle(
 def _metadata(serialised: bytes) -> dict:
     "The metadata of a serialised model as plain values."
     import onnx
+
     values = {}
     for entry in onnx.load_from_string(serialised).metadata_props:
         try:
@@ -181,7 +216,11 @@ def _sample(session, model: LocalizationNet, levels: np.ndarray) -> dict:
     "A session and the graph's answer to it."
     heard = (~np.isnan(levels)).astype(np.float32)
     answer = session.run(list(OUTPUTS), {'levels': np.nan_to_num(levels).astype(np.float32), 'heard': heard})
-    return {'levels': np.nan_to_num(levels).astype(float).tolist(), 'heard': heard.tolist(), **{name: value.tolist() for name, value in zip(OUTPUTS, answer, strict=True)}}
+    return {
+        'levels': np.nan_to_num(levels).astype(float).tolist(),
+        'heard': heard.tolist(),
+        **{name: value.tolist() for name, value in zip(OUTPUTS, answer, strict=True)},
+    }
 
 # %% ../nbs/80_export.ipynb #3c31d439
 def check_bundle(
@@ -199,6 +238,10 @@ def check_bundle(
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             raise HeimdallError(f'{file}: missing or altered since the export: take another copy or export again')
     sample = json.loads((folder / 'sample.json').read_text())
-    answer = onnx_session(folder / 'model.onnx').run(['position_enu'], {name: np.array(sample[name], dtype=np.float32) for name in INPUTS})[0]
+    answer = onnx_session(folder / 'model.onnx').run(['position_enu'], {name: np.array(sample[name], dtype=np.float32) for name in INPUTS})[
+        0
+    ]
     if np.abs(answer - np.array(sample['position_enu'])).max() > PARITY_METRES:
-        raise HeimdallError(f'{folder}: the graph answers its sample {np.abs(answer - np.array(sample["position_enu"])).max():.2f} m off: this runtime computes it wrongly')
+        raise HeimdallError(
+            f'{folder}: the graph answers its sample {np.abs(answer - np.array(sample["position_enu"])).max():.2f} m off: this runtime computes it wrongly'
+        )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # %% ../nbs/90_pipeline.ipynb #56fc3417
 class Config(BaseSettings):
     "Settings of a run; flat names, the same everywhere."
+
     model_config = SettingsConfigDict(env_prefix='HEIMDALL_', extra='forbid', frozen=True, protected_namespaces=())
 
     catalog: str = Field('runs/catalog.db', description='catalog of sessions: an SQLite file or sqlite:///…')
@@ -47,7 +48,9 @@ class Config(BaseSettings):
     epochs: int = Field(10, ge=1, le=100, description='epochs that the one cycle spans')
     batch_size: int = Field(32, ge=2, le=4096, description='sessions a step')
     learning_rate: float = Field(1e-3, gt=0, le=1, description='highest learning rate of the cycle')
-    gain_drift: float = Field(0.0, ge=0, le=30, description='dB by which gains may have changed since training; above 0 silence means nothing either')
+    gain_drift: float = Field(
+        0.0, ge=0, le=30, description='dB by which gains may have changed since training; above 0 silence means nothing either'
+    )
     allow_rejects: bool = Field(False, description='ingest the good rows even where more than a fifth is bad')
     tracking: str | None = Field(None, description='MLflow tracking URI; an SQLite file beside the run folder by default')
 
@@ -76,7 +79,9 @@ def ingest(
     config: Config,  # catalog, store, dataset, allow_rejects
 ) -> IngestReport:
     "Read a level table into the catalog and keep its bytes in the store."
-    return ingest_levels(table, Catalog(config.catalog), open_store(config.store), dataset=config.dataset, allow_rejects=config.allow_rejects)
+    return ingest_levels(
+        table, Catalog(config.catalog), open_store(config.store), dataset=config.dataset, allow_rejects=config.allow_rejects
+    )
 
 
 def read_data(
@@ -98,16 +103,23 @@ def train(
     "Train, calibrate and keep a model; tracked in MLflow."
     from heimdall_train.model import save_model
     from heimdall_train.tracking import default_tracking_uri, tracked_run
+
     say = progress or (lambda line: None)
     data = read_data(config)
     split = _split(config, data)
     _prepare_folder(config, split)
-    say(f'{len(split.train)} training, {len(split.validation)} validation and {len(split.test)} test sessions of {len(data.network)} receivers'
-        + (f'; {len(split.set_aside)} set aside' if split.set_aside else ''))
+    say(
+        f'{len(split.train)} training, {len(split.validation)} validation and {len(split.test)} test sessions of {len(data.network)} receivers'
+        + (f'; {len(split.set_aside)} set aside' if split.set_aside else '')
+    )
     deaf = [name for name, heard in zip(data.network.names, data.heard[data.rows(split.train)].any(axis=0), strict=True) if not heard]
     if deaf:
         say(f'{len(deaf)} receivers were never heard in training and are masked: {", ".join(deaf[:8])}{" …" if len(deaf) > 8 else ""}')
-    with tracked_run(config.tracking or default_tracking_uri(config.out), config.out.name, {'dataset_digest': data.digest, 'dataset': str(config.dataset)}) as run:
+    with tracked_run(
+        config.tracking or default_tracking_uri(config.out),
+        config.out.name,
+        {'dataset_digest': data.digest, 'dataset': str(config.dataset)},
+    ) as run:
         run.log_parameters(_plain(config))
         model, record = _train_model(config, data, split, run, say)
         record = {'mlflow_run_id': run.run_id, 'dataset_digest': data.digest, 'never_heard': deaf, **record}
@@ -126,6 +138,7 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
     from heimdall_train.anchor import choose_kriging, choose_weights, cross_fit, fit_level_anchor, position_grid
     from heimdall_train.model import LocalizationNet
     from heimdall_train.training import estimate, finish, fit, new_learner
+
     training, validation = data.take(data.rows(split.train)), data.take(data.rows(split.validation))
     frame = _frame(data, split.test)
     positions, receivers = training.enu(frame), data.network.positions_enu(frame)[:, :2]
@@ -140,9 +153,12 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
         anchor.silence_weight.fill_(weights[0])
         anchor.tempering.fill_(weights[1])
         return anchor
+
     anchor = final_anchor(training)
-    say(f'level maps of {int(anchor.known.sum())} receivers kriged with lengths of {kriging.length:.0f} and {kriging.long_length:.0f} m; '
-        f'silence {"counts" if weights[0] else "does not count"} ({time.perf_counter() - started:.0f} s)')
+    say(
+        f'level maps of {int(anchor.known.sum())} receivers kriged with lengths of {kriging.length:.0f} and {kriging.long_length:.0f} m; '
+        f'silence {"counts" if weights[0] else "does not count"} ({time.perf_counter() - started:.0f} s)'
+    )
 
     torch.manual_seed(config.seed)
     model = LocalizationNet(data.network, frame, anchor, level_statistics(training.levels))
@@ -151,7 +167,10 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
     def epoch_ended(epoch: int, values: dict) -> None:
         history.append(values)
         run.log_metrics(values, step=epoch)
-        say(f'epoch {epoch + 1}/{config.epochs}: validation loss {values["validation_loss"]:.3f}, mean error {values["mean_error_m"]:.0f} m')
+        say(
+            f'epoch {epoch + 1}/{config.epochs}: validation loss {values["validation_loss"]:.3f}, mean error {values["mean_error_m"]:.0f} m'
+        )
+
     began = time.perf_counter()
     learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed)
     model = fit(learner, config.epochs, config.out / 'checkpoints', config.learning_rate, progress=epoch_ended)
@@ -159,10 +178,19 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
     finish(model, validation)
     position, covariance, anchor_position, anchor_covariance = estimate(model, validation)
     truth = validation.enu(frame)
-    record = {'epoch': model.description['epoch'] + 1, 'history': history, 'variance_scale': float(model.variance_scale), 'silence_weight': weights[0], 'tempering': weights[1],
-              'kriging': {name: float(value) for name, value in vars(kriging).items()},
-              'seconds': {'maps': began - started, 'training': seconds, 'samples_per_second': len(history) * len(training) / seconds},
-              'validation': {'model': evaluate_positions(truth, position, covariance), 'anchor': evaluate_positions(truth, anchor_position, anchor_covariance)}}
+    record = {
+        'epoch': model.description['epoch'] + 1,
+        'history': history,
+        'variance_scale': float(model.variance_scale),
+        'silence_weight': weights[0],
+        'tempering': weights[1],
+        'kriging': {name: float(value) for name, value in vars(kriging).items()},
+        'seconds': {'maps': began - started, 'training': seconds, 'samples_per_second': len(history) * len(training) / seconds},
+        'validation': {
+            'model': evaluate_positions(truth, position, covariance),
+            'anchor': evaluate_positions(truth, anchor_position, anchor_covariance),
+        },
+    }
     model.anchor = final_anchor(data.take(data.rows(split.train + split.validation)))
     return model, record
 
@@ -175,7 +203,9 @@ def _frame(data: LevelData, test_ids):
 
 def _split(config: Config, data: LevelData) -> Split:
     "The split that the configuration asks for."
-    test_ids, validation_ids = (None if path is None else read_split_file(path, data.ids.tolist()) for path in (config.test_sessions, config.validation_sessions))
+    test_ids, validation_ids = (
+        None if path is None else read_split_file(path, data.ids.tolist()) for path in (config.test_sessions, config.validation_sessions)
+    )
     return make_split(data, _frame(data, test_ids), test_ids, validation_ids, config.seed, BLOCK_M)
 
 
@@ -220,6 +250,7 @@ def evaluate(
     "Evaluate a run on its test sessions, beside all baselines; results go to the run folder."
     from heimdall_train.model import load_model
     from heimdall_train.training import estimate
+
     say = progress or (lambda line: None)
     folder = config.model_path
     split, metrics = _read_run(folder)
@@ -233,12 +264,25 @@ def evaluate(
     answers = estimate(model, test)
     results = _run_baselines(config, data, split, test, model, say) if baselines else {}
     evaluation = Evaluation(
-        n=len(test), split=Path(config.test_sessions).stem if config.test_sessions else 'test', dataset_digest=data.digest,
-        model=PositionMetrics(**evaluate_positions(truth, *answers[:2])), anchor=PositionMetrics(**evaluate_positions(truth, *answers[2:])),
-        baselines={name: PositionMetrics(**evaluate_positions(truth, result.positions, result.covariance)) for name, result in results.items()}, bound_rmse_m=None)
+        n=len(test),
+        split=Path(config.test_sessions).stem if config.test_sessions else 'test',
+        dataset_digest=data.digest,
+        model=PositionMetrics(**evaluate_positions(truth, *answers[:2])),
+        anchor=PositionMetrics(**evaluate_positions(truth, *answers[2:])),
+        baselines={
+            name: PositionMetrics(**evaluate_positions(truth, result.positions, result.covariance)) for name, result in results.items()
+        },
+        bound_rmse_m=None,
+    )
     write_file(folder / 'evaluation.parquet', _evaluation_table(test, model, truth, answers))
-    _write_json(folder / 'metrics.json', {**metrics, 'evaluation': evaluation.model_dump(mode='json'),
-                                          'baseline_settings': {name: result.settings for name, result in results.items()}})
+    _write_json(
+        folder / 'metrics.json',
+        {
+            **metrics,
+            'evaluation': evaluation.model_dump(mode='json'),
+            'baseline_settings': {name: result.settings for name, result in results.items()},
+        },
+    )
     _write_report(folder, config, data, model, truth, answers, results, evaluation)
     _track_evaluation(config, folder, metrics, evaluation)
     return evaluation
@@ -250,16 +294,21 @@ def _refuse_known(data: LevelData, split: Split, test_ids) -> LevelData:
     learnt = data.rows(split.train + split.validation)
     shared = np.isin(data.sources[test], data.sources[learnt])
     if shared.any():
-        raise HeimdallError(f'{shared.sum()} of the {len(test)} test sessions, the first {data.ids[test[shared]][0]}, have sources that the model was trained or '
-                            'calibrated on: evaluate on others')
+        raise HeimdallError(
+            f'{shared.sum()} of the {len(test)} test sessions, the first {data.ids[test[shared]][0]}, have sources that the model was trained or '
+            'calibrated on: evaluate on others'
+        )
     return data.take(test)
 
 
 def _run_baselines(config, data, split, test, model, say) -> dict[str, 'BaselineResult']:
     "Results of the baselines, fitted on the run's own sessions."
     from heimdall_train.baselines import run_baselines
+
     say('tuning and fitting the baselines')
-    training, validation = ((part.levels, part.enu(model.frame)) for part in (data.take(data.rows(ids)) for ids in (split.train, split.validation)))
+    training, validation = (
+        (part.levels, part.enu(model.frame)) for part in (data.take(data.rows(ids)) for ids in (split.train, split.validation))
+    )
     return run_baselines(training, validation, test.levels, data.network.positions_enu(model.frame)[:, :2], config.seed)
 
 # %% ../nbs/90_pipeline.ipynb #1784eb91
@@ -268,14 +317,28 @@ def _evaluation_table(test: LevelData, model: 'LocalizationNet', truth: np.ndarr
     import io
 
     import pandas as pd
+
     position, covariance, anchor, _ = answers
     latitude, longitude = model.frame.horizontal_to_geodetic(position[:, 0], position[:, 1], model.network.source_height)
     anchor_latitude, anchor_longitude = model.frame.horizontal_to_geodetic(anchor[:, 0], anchor[:, 1], model.network.source_height)
-    table = pd.DataFrame({
-        'session_id': test.ids, 'latitude': test.latitude, 'longitude': test.longitude, 'estimated_latitude': latitude, 'estimated_longitude': longitude,
-        'error_m': np.linalg.norm(position - truth, axis=1), 'covariance_east_m2': covariance[:, 0, 0], 'covariance_east_north_m2': covariance[:, 0, 1],
-        'covariance_north_m2': covariance[:, 1, 1], 'anchor_latitude': anchor_latitude, 'anchor_longitude': anchor_longitude,
-        'anchor_error_m': np.linalg.norm(anchor - truth, axis=1), 'heard': test.heard.sum(axis=1), 'snr_db': np.full(len(test), np.nan)})
+    table = pd.DataFrame(
+        {
+            'session_id': test.ids,
+            'latitude': test.latitude,
+            'longitude': test.longitude,
+            'estimated_latitude': latitude,
+            'estimated_longitude': longitude,
+            'error_m': np.linalg.norm(position - truth, axis=1),
+            'covariance_east_m2': covariance[:, 0, 0],
+            'covariance_east_north_m2': covariance[:, 0, 1],
+            'covariance_north_m2': covariance[:, 1, 1],
+            'anchor_latitude': anchor_latitude,
+            'anchor_longitude': anchor_longitude,
+            'anchor_error_m': np.linalg.norm(anchor - truth, axis=1),
+            'heard': test.heard.sum(axis=1),
+            'snr_db': np.full(len(test), np.nan),
+        }
+    )
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()
@@ -284,23 +347,31 @@ def _evaluation_table(test: LevelData, model: 'LocalizationNet', truth: np.ndarr
 def _write_report(folder, config, data, model, truth, answers, results, evaluation) -> None:
     "Figures and report.md of the run folder."
     from heimdall_train.report import calibration_figure, error_cdf_figure, map_figure, report_markdown
+
     position, covariance, anchor, anchor_covariance = answers
     receivers = data.network.positions_enu(model.frame)[:, :2]
     errors = {'model': position, 'anchor': anchor, **{name: result.positions for name, result in results.items()}}
     squared = {'model': mahalanobis_squared(truth, position, covariance), 'anchor': mahalanobis_squared(truth, anchor, anchor_covariance)}
-    figures = {'map': map_figure(truth, position, covariance, receivers, title='Receivers, sources, estimates and 90 % ellipses'),
-               'errors': error_cdf_figure({name: np.linalg.norm(values - truth, axis=1) for name, values in errors.items()}),
-               'calibration': calibration_figure(squared)}
+    figures = {
+        'map': map_figure(truth, position, covariance, receivers, title='Receivers, sources, estimates and 90 % ellipses'),
+        'errors': error_cdf_figure({name: np.linalg.norm(values - truth, axis=1) for name, values in errors.items()}),
+        'calibration': calibration_figure(squared),
+    }
     for name, figure in figures.items():
         _save_figure(figure, folder / f'{name}.png')
-    page = report_markdown(evaluation, _plain(config), {name: result.settings for name, result in results.items()},
-                           {'Map of a sample of the test sessions': 'map.png', 'Distribution of the errors': 'errors.png', 'Calibration': 'calibration.png'})
+    page = report_markdown(
+        evaluation,
+        _plain(config),
+        {name: result.settings for name, result in results.items()},
+        {'Map of a sample of the test sessions': 'map.png', 'Distribution of the errors': 'errors.png', 'Calibration': 'calibration.png'},
+    )
     write_file(folder / 'report.md', page.encode())
 
 
 def _save_figure(figure, path: Path) -> None:
     "Write a figure as PNG, aside and renamed."
     import io
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=110)
     write_file(path, buffer.getvalue())
@@ -309,6 +380,7 @@ def _save_figure(figure, path: Path) -> None:
 def _track_evaluation(config, folder, metrics, evaluation) -> None:
     "Log the evaluation to the run that trained the model."
     from heimdall_train.tracking import default_tracking_uri, tracked_run
+
     with tracked_run(config.tracking or default_tracking_uri(folder), folder.name, run_id=metrics['training']['mlflow_run_id']) as run:
         run.log_metrics({'test': evaluation.model.model_dump(), 'test_anchor': evaluation.anchor.model_dump() if evaluation.anchor else {}})
         for name in ('metrics.json', 'report.md', 'map.png', 'errors.png', 'calibration.png', 'evaluation.parquet'):
@@ -323,6 +395,7 @@ def export(
     from heimdall_train.export import write_bundle
     from heimdall_train.model import load_model
     from heimdall_train.tracking import default_tracking_uri, tracked_run
+
     say = progress or (lambda line: None)
     folder = config.model_path
     split, metrics = _read_run(folder)
@@ -330,17 +403,33 @@ def export(
     test = data.take(data.rows(split.test))
     table = folder / 'evaluation.parquet'
     evaluation = metrics.get('evaluation')
-    description = {'dataset_digest': metrics['training']['dataset_digest'], 'mlflow_run_id': metrics['training']['mlflow_run_id'],
-                   'model_type': 'levels', 'metrics': evaluation['model'] if evaluation else None}
+    description = {
+        'dataset_digest': metrics['training']['dataset_digest'],
+        'mlflow_run_id': metrics['training']['mlflow_run_id'],
+        'model_type': 'levels',
+        'metrics': evaluation['model'] if evaluation else None,
+    }
     bundle = folder / 'bundle'
-    differences = write_bundle(bundle, model, test.levels[:256], description, _model_card(model, metrics), table.read_bytes() if table.is_file() else None)
-    say(f'ONNX and torch agree on {min(len(test), 256)} sessions to {differences["position_m"]:.4f} m and {differences["sigma_relative"]:.2%} of σ')
+    differences = write_bundle(
+        bundle, model, test.levels[:256], description, _model_card(model, metrics), table.read_bytes() if table.is_file() else None
+    )
+    say(
+        f'ONNX and torch agree on {min(len(test), 256)} sessions to {differences["position_m"]:.4f} m and {differences["sigma_relative"]:.2%} of σ'
+    )
     with tracked_run(config.tracking or default_tracking_uri(folder), folder.name, run_id=metrics['training']['mlflow_run_id']) as run:
         run.log_artifact(bundle, 'bundle')
         sample = {'levels': np.nan_to_num(test.levels[:1]), 'heard': test.heard[:1].astype(np.float32)}
         version = run.register(bundle / 'model.onnx', sample)
-    Catalog(config.catalog).add_model('localization_model', 'levels', config.dataset, metrics['training']['mlflow_run_id'], (bundle / 'model.onnx').resolve().as_uri(),
-                                      evaluation['model']['mean_m'] if evaluation else None, metrics['training']['kriging'], evaluation)
+    Catalog(config.catalog).add_model(
+        'localization_model',
+        'levels',
+        config.dataset,
+        metrics['training']['mlflow_run_id'],
+        (bundle / 'model.onnx').resolve().as_uri(),
+        evaluation['model']['mean_m'] if evaluation else None,
+        metrics['training']['kriging'],
+        evaluation,
+    )
     say(f'registered as localization_model, version {version}')
     return bundle
 
@@ -348,12 +437,25 @@ def export(
 def _model_card(model: 'LocalizationNet', metrics: dict) -> str:
     "MODEL_CARD.md: what the model is for, on what it was trained, how good it is, and where it ends."
     training, evaluation = metrics['training'], metrics.get('evaluation')
-    lines = ['# Localisation from received levels', '',
-             f'Network **{model.network.name}**, {int(model.anchor.known.sum())} of {len(model.network)} receivers; origin {model.frame.latitude:.5f}, {model.frame.longitude:.5f}.', '',
-             'Input: received levels in dB with a mask. Output: WGS84 position, σ east and north in metres, covariance in m².', '',
-             f'Data digest `{training["dataset_digest"]}`; variance scale {training["variance_scale"]:.3f}, fitted on validation sources.', '',
-             '## Limits', '', f'Valid inside the surveyed area only: the posterior has no cell outside it. The transmitter is taken to be {model.network.source_height:.0f} m above the ellipsoid '
-             'and as strong as those of training. Receivers that training never heard are masked.', '', '## Test', '']
+    lines = [
+        '# Localisation from received levels',
+        '',
+        f'Network **{model.network.name}**, {int(model.anchor.known.sum())} of {len(model.network)} receivers; '
+        f'origin {model.frame.latitude:.5f}, {model.frame.longitude:.5f}.',
+        '',
+        'Input: received levels in dB with a mask. Output: WGS84 position, σ east and north in metres, covariance in m².',
+        '',
+        f'Data digest `{training["dataset_digest"]}`; variance scale {training["variance_scale"]:.3f}, fitted on validation sources.',
+        '',
+        '## Limits',
+        '',
+        f'Valid inside the surveyed area only: the posterior has no cell outside it. '
+        f'The transmitter is taken to be {model.network.source_height:.0f} m above the ellipsoid '
+        'and as strong as those of training. Receivers that training never heard are masked.',
+        '',
+        '## Test',
+        '',
+    ]
     return '\n'.join(lines + [markdown_table(Evaluation(**evaluation)) if evaluation else 'Not evaluated.', ''])
 
 # %% ../nbs/90_pipeline.ipynb #68717ecd
@@ -373,10 +475,20 @@ def predict(
     answers = []
     for row, session in enumerate(sessions):
         heard = int((~np.isnan(levels[row]) & known).sum())
-        answers.append({'session_id': session.id, 'latitude': float(position[row, 0]), 'longitude': float(position[row, 1]),
-                        'sigma_east_m': float(covariance[row, 0, 0] ** 0.5), 'sigma_north_m': float(covariance[row, 1, 1] ** 0.5),
-                        'covariance_east_north_m2': float(covariance[row, 0, 1]), 'heard': heard,
-                        'note': '' if heard >= 3 else f'heard by {heard} receivers that the model knows; three are needed for a position worth the name'})
+        answers.append(
+            {
+                'session_id': session.id,
+                'latitude': float(position[row, 0]),
+                'longitude': float(position[row, 1]),
+                'sigma_east_m': float(covariance[row, 0, 0] ** 0.5),
+                'sigma_north_m': float(covariance[row, 1, 1] ** 0.5),
+                'covariance_east_north_m2': float(covariance[row, 0, 1]),
+                'heard': heard,
+                'note': ''
+                if heard >= 3
+                else f'heard by {heard} receivers that the model knows; three are needed for a position worth the name',
+            }
+        )
     return answers, rejects
 
 
@@ -386,25 +498,42 @@ def _locator(path: Path) -> tuple[Network, Callable]:
         import torch
 
         from heimdall_train.model import load_model, localize
+
         model = load_model(path / 'model.safetensors')
 
         def locate_with_torch(levels):
             parts = [localize(model, part) for part in torch.from_numpy(levels).split(64)]
-            return torch.cat([answer for answer, _ in parts])[:, :2].numpy(), torch.cat([covariance for _, covariance in parts]).numpy(), model.anchor.known.numpy() > 0
+            return (
+                torch.cat([answer for answer, _ in parts])[:, :2].numpy(),
+                torch.cat([covariance for _, covariance in parts]).numpy(),
+                model.anchor.known.numpy() > 0,
+            )
+
         return model.network, locate_with_torch
     if (path / 'model.json').exists():
         from heimdall_train.export import check_bundle, onnx_session
+
         check_bundle(path)
         description = json.loads((path / 'model.json').read_text())
-        network = Network.from_dict({'name': str(path), 'source_height': description['source_height'],
-                                     'receivers': [{name: value for name, value in receiver.items() if name != 'known'} for receiver in description['receivers']]})
+        network = Network.from_dict(
+            {
+                'name': str(path),
+                'source_height': description['source_height'],
+                'receivers': [
+                    {name: value for name, value in receiver.items() if name != 'known'} for receiver in description['receivers']
+                ],
+            }
+        )
         known = np.array([receiver['known'] for receiver in description['receivers']])
         session = onnx_session(path / 'model.onnx')
 
         def locate_with_onnx(levels):
-            parts = [session.run(['position', 'covariance'], {'levels': np.nan_to_num(part), 'heard': (~np.isnan(part)).astype(np.float32)})
-                     for part in np.array_split(levels, max(1, -(-len(levels) // 64)))]
+            parts = [
+                session.run(['position', 'covariance'], {'levels': np.nan_to_num(part), 'heard': (~np.isnan(part)).astype(np.float32)})
+                for part in np.array_split(levels, max(1, -(-len(levels) // 64)))
+            ]
             return np.concatenate([position for position, _ in parts]), np.concatenate([covariance for _, covariance in parts]), known
+
         return network, locate_with_onnx
     raise HeimdallError(f'{path}: neither a run folder with model.safetensors nor a bundle with model.json: train first, or give --model')
 
@@ -419,6 +548,7 @@ def write_scene_table(
     import csv
     import io
     from dataclasses import replace
+
     scene = load_scene(name)
     if sources is not None:
         scene = replace(scene, sources=sources)
@@ -430,13 +560,27 @@ def write_scene_table(
         ids[part] = [session.id for session in sessions]
         for session in sessions:
             levels = {recording.receiver: recording.level_db for recording in session.recordings}
-            rows.append([session.id, session.started_at.isoformat(), session.source.latitude, session.source.longitude, *(levels.get(name, '') for name in network.names)])
+            assert session.source is not None  # a scene knows its sources
+            rows.append(
+                [
+                    session.id,
+                    session.started_at.isoformat(),
+                    session.source.latitude,
+                    session.source.longitude,
+                    *(levels.get(name, '') for name in network.names),
+                ]
+            )
 
     def write_table(path: Path, header: list, body: list) -> None:
         buffer = io.StringIO()
         csv.writer(buffer).writerows([header, *body])
         write_file(path, buffer.getvalue().encode())
-    write_table(folder / 'receivers.csv', ['name', 'lat', 'lon', 'altitude'], [[receiver.name, receiver.latitude, receiver.longitude, receiver.altitude] for receiver in network.receivers])
+
+    write_table(
+        folder / 'receivers.csv',
+        ['name', 'lat', 'lon', 'altitude'],
+        [[receiver.name, receiver.latitude, receiver.longitude, receiver.altitude] for receiver in network.receivers],
+    )
     write_table(folder / 'levels.csv', ['session_id', 'started_at', 'lat', 'lon', *network.names], rows)
     for part in ('validation', 'test'):
         write_file(folder / f'{part}.txt', '\n'.join(ids[part]).encode() + b'\n')
@@ -453,8 +597,15 @@ def demo(
     say('simulating the test bed testbed-v1')
     table = write_scene_table('testbed-v1', config.out / 'scene', config.seed, sources)
     (config.out / 'catalog.db').unlink(missing_ok=True)
-    config = config.model_copy(update={'catalog': str(config.out / 'catalog.db'), 'store': str(config.out / 'store'), 'dataset': 'testbed-v1',
-                                       'test_sessions': config.out / 'scene' / 'test.txt', 'validation_sessions': config.out / 'scene' / 'validation.txt'})
+    config = config.model_copy(
+        update={
+            'catalog': str(config.out / 'catalog.db'),
+            'store': str(config.out / 'store'),
+            'dataset': 'testbed-v1',
+            'test_sessions': config.out / 'scene' / 'test.txt',
+            'validation_sessions': config.out / 'scene' / 'validation.txt',
+        }
+    )
     say(str(ingest(table, config)).splitlines()[0])
     train(config, progress)
     evaluation = evaluate(config, progress)

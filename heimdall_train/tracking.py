@@ -25,6 +25,7 @@ def _mlflow():
     for name, value in (('MLFLOW_DISABLE_TELEMETRY', 'true'), ('DO_NOT_TRACK', 'true'), ('MLFLOW_ENABLE_ASYNC_LOGGING', 'false')):
         os.environ.setdefault(name, value)
     import mlflow
+
     for name in ('alembic', 'mlflow'):
         logging.getLogger(name).setLevel(logging.ERROR)
     return mlflow
@@ -80,12 +81,20 @@ class Run:
     ) -> int:  # version in the registry
         "Register the exported model; the new version becomes the challenger."
         import onnx
+
         mlflow = _mlflow()
         from mlflow.models import infer_signature
+
         mlflow.set_tracking_uri(self.client.tracking_uri)
         with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
-            info = mlflow.onnx.log_model(onnx.load(str(onnx_path)), name='model', registered_model_name=REGISTERED_MODEL, save_as_external_data=False,
-                                         signature=infer_signature(dict(sample)), pip_requirements=['onnxruntime', 'numpy'])
+            info = mlflow.onnx.log_model(
+                onnx.load(str(onnx_path)),
+                name='model',
+                registered_model_name=REGISTERED_MODEL,
+                save_as_external_data=False,
+                signature=infer_signature(dict(sample)),
+                pip_requirements=['onnxruntime', 'numpy'],
+            )
         version = int(info.registered_model_version)
         self.client.set_registered_model_alias(REGISTERED_MODEL, CHALLENGER, str(version))
         return version

@@ -113,6 +113,7 @@ class MeanError(Metric):
 
 class KeepBest(Callback):
     "Keep the model of the lowest validation loss; stop after `patience` epochs without a better one, and before a step with a loss that is not finite."
+
     order = 60  # after fastai's Recorder
 
     def __init__(
@@ -126,10 +127,14 @@ class KeepBest(Callback):
 
     def after_loss(self):
         if self.training and not torch.isfinite(self.learn.loss_grad):
-            raise HeimdallError(f'the loss is not finite in epoch {self.epoch}, batch {self.iter}: stopped before the step; the best model is in {self.path}')
+            raise HeimdallError(
+                f'the loss is not finite in epoch {self.epoch}, batch {self.iter}: stopped before the step; the best model is in {self.path}'
+            )
 
     def after_epoch(self):
-        values = dict(zip(('train_loss', 'validation_loss', 'mean_error_m'), (float(value) for value in self.learn.recorder.log[1:4]), strict=True))
+        values = dict(
+            zip(('train_loss', 'validation_loss', 'mean_error_m'), (float(value) for value in self.learn.recorder.log[1:4]), strict=True)
+        )
         if self.progress is not None:
             self.progress(self.epoch, values)
         if values['validation_loss'] < self.best:
@@ -160,13 +165,17 @@ def new_learner(
 ) -> Learner:
     "A fastai Learner for cross-fitted training."
     seed_everything(seed)
-    loaders = DataLoaders(DataLoader(Sessions(training, model, folds), bs=batch_size, shuffle=True, drop_last=len(training) > batch_size, num_workers=0),
-                          DataLoader(Sessions(validation, model), bs=64, num_workers=0))
+    loaders = DataLoaders(
+        DataLoader(Sessions(training, model, folds), bs=batch_size, shuffle=True, drop_last=len(training) > batch_size, num_workers=0),
+        DataLoader(Sessions(validation, model), bs=64, num_workers=0),
+    )
     loaders.n_inp = 3
     network = CrossFitted(model, anchors, seed=seed)
 
     def loss(prediction, target, source_error):
-        return gaussian_nll(*prediction, target, source_error, beta=beta if network.training else 0.0)
+        position, covariance = prediction
+        return gaussian_nll(position, covariance, target, source_error, beta=beta if network.training else 0.0)
+
     return Learner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01)
 
 
@@ -192,13 +201,18 @@ def fit(
 def estimate(
     model: LocalizationNet,  # the model
     data: LevelData,  # the sessions
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # position (N, 2) in m and covariance (N, 2, 2) in m², of the model and of its anchor
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray, np.ndarray
+]:  # position (N, 2) in m and covariance (N, 2, 2) in m², of the model and of its anchor
     "The model's answers and its anchor's, as float64 arrays."
     samples = Sessions(data, model)
     with torch.inference_mode():
-        parts = [(*model.eval()(levels, heard), *model.anchor(levels, heard)[:2])
-                 for levels, heard in zip(samples.levels.split(64), samples.heard.split(64), strict=True)]
-    return tuple(torch.cat(values).double().numpy() for values in zip(*parts, strict=True))
+        parts = [
+            (*model.eval()(levels, heard), *model.anchor(levels, heard)[:2])
+            for levels, heard in zip(samples.levels.split(64), samples.heard.split(64), strict=True)
+        ]
+    position, covariance, anchor_position, anchor_covariance = (torch.cat(values).double().numpy() for values in zip(*parts, strict=True))
+    return position, covariance, anchor_position, anchor_covariance
 
 
 def finish(

@@ -1,0 +1,389 @@
+"""The command line on a tiny network: what it promises to programs that call it, the whole chain, and every fault in one line."""
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import papermill
+import pytest
+import typer
+import yaml
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from heimdall_train.catalog import Catalog
+from heimdall_train.cli import app
+from heimdall_train.metrics import evaluation_schema
+from heimdall_train.network import HeimdallError
+from heimdall_train.pipeline import Config, write_scene_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN_NOTEBOOK = ROOT / 'nbs' / 'runs' / 'train.ipynb'
+SESSIONS = {'train': 120, 'validation': 40, 'test': 40}
+
+# What other people's scripts may rely on: a change here is a change of the interface, and belongs into CHANGELOG.md.
+OPTIONS = {
+    'demo': ['--debug', '--epochs', '--json', '--out', '--seed'],
+    'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
+    'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],
+    'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
+    'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
+    'train': ['--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--seed', '--test-sessions',
+              '--tracking'],
+}
+FIELDS = ['allow_rejects', 'batch_size', 'catalog', 'dataset', 'epochs', 'gain_drift', 'learning_rate', 'model', 'out', 'seed', 'store',
+          'test_sessions', 'tracking', 'validation_sessions']
+
+
+def commands(command, name: str = '') -> Iterator[tuple[str, list[str]]]:
+    "Each command that does something, with the names of its options, sorted."
+    if hasattr(command, 'commands'):
+        for part, below in command.commands.items():
+            yield from commands(below, f'{name} {part}'.strip())
+    else:
+        options = [param for param in command.params if param.param_type_name == 'option']
+        yield name, sorted(option for param in options for option in param.opts + param.secondary_opts)
+
+
+def test_options_are_frozen():
+    assert dict(commands(typer.main.get_command(app))) == OPTIONS
+
+
+def test_fields_are_frozen():
+    assert sorted(Config.model_fields) == FIELDS
+
+
+def test_options_are_fields():
+    options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
+    assert options - {'json', 'debug'} <= set(FIELDS)
+
+
+def call(*arguments: object):
+    "Run the command in this process."
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object):
+    "Run the command; it must end well."
+    result = call(*arguments)
+    assert result.exit_code == 0, f'{arguments}: {result.exception!r}\n{result.stderr}'
+    return result
+
+
+class Chain:
+    "A tiny network, and what each command said about it."
+
+    def __init__(self, folder: Path):
+        self.folder, self.scene = folder, folder / 'scene'
+        self.catalog, self.store, self.run = folder / 'catalog.db', folder / 'store', folder / 'runs' / 'first'
+        description = yaml.safe_load((ROOT / 'heimdall_train' / 'scenes' / 'testbed-v1.yaml').read_text())
+        (folder / 'tiny.yaml').write_text(yaml.safe_dump({**description, 'name': 'tiny', 'receivers': 8}))
+        self.table = write_scene_table(str(folder / 'tiny.yaml'), self.scene, sources=SESSIONS)
+        self.ingested = succeed('ingest', 'levels', self.table, '--catalog', self.catalog, '--store', self.store, '--json')
+        self.trained = self.train(self.run)
+        self.evaluated = succeed('evaluate', '--model', self.run, '--catalog', self.catalog, '--json')
+        self.exported = succeed('export', '--model', self.run, '--catalog', self.catalog, '--json')
+        self.bundle = self.run / 'bundle'
+
+    def train(self, out: Path):
+        return succeed(*self.to_train(out), '--json')
+
+    def to_train(self, out: Path) -> list[object]:
+        return ['train', '--catalog', self.catalog, '--out', out, '--epochs', 1, '--test-sessions', self.scene / 'test.txt']
+
+    def ids(self) -> list[str]:
+        with open(self.table, newline='') as file:
+            return [row['session_id'] for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope='module')
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return Chain(tmp_path_factory.mktemp('chain'))
+
+
+def test_ingest(chain: Chain):
+    report = json.loads(chain.ingested.stdout)
+    assert (report['dataset'], report['sessions'], report['unchanged'], report['rejects']) == ('scene', len(chain.ids()), 0, [])
+    again = succeed('ingest', 'levels', chain.table, '--catalog', chain.catalog, '--store', chain.store)
+    assert again.stdout == f'dataset scene already holds these {len(chain.ids())} sessions; nothing changed\n'
+    assert f'heimdall-train train --catalog {chain.catalog}' in again.stderr
+
+
+def test_train(chain: Chain):
+    record = json.loads(chain.trained.stdout)
+    assert record['epoch'] == 1 and record['variance_scale'] > 0 and record['seconds']['samples_per_second'] > 0
+    assert 'epoch 1/1: validation loss' in chain.trained.stderr
+    written = yaml.safe_load((chain.run / 'config.yaml').read_text())
+    assert written['epochs'] == 1 and written['catalog'] == str(chain.catalog)
+    split = json.loads((chain.run / 'split.json').read_text())
+    assert split['test'] == (chain.scene / 'test.txt').read_text().split()
+    assert (chain.run.parent / 'mlflow.db').exists()
+
+
+def test_evaluate(chain: Chain):
+    evaluation = json.loads(chain.evaluated.stdout)
+    jsonschema.validate(evaluation, evaluation_schema())
+    assert evaluation['n'] == len((chain.scene / 'test.txt').read_text().split())
+    assert {'mean', 'centroid', 'knn', 'extra_trees', 'logdistance', 'levels_kriged'} == set(evaluation['baselines'])
+    assert evaluation['model']['mean_m'] < evaluation['baselines']['mean']['mean_m']
+    for name in ('report.md', 'map.png', 'errors.png', 'calibration.png', 'evaluation.parquet', 'metrics.json'):
+        assert (chain.run / name).stat().st_size > 0
+
+
+def test_export(chain: Chain):
+    answer = json.loads(chain.exported.stdout)
+    assert answer['bundle'] == str(chain.bundle) and answer['parity']['position_m'] < 0.1 and answer['parity']['sigma_relative'] < 1e-3
+    assert f'heimdall-train predict TABLE.csv --model {chain.bundle}' in chain.exported.stderr
+
+
+def test_predict_the_same_from_run_and_bundle(chain: Chain, tmp_path: Path):
+    both = [succeed('predict', chain.table, '--model', model, '--json') for model in (chain.run, chain.bundle)]
+    from_run, from_bundle = (json.loads(result.stdout) for result in both)
+    assert [answer['session_id'] for answer in from_run] == [answer['session_id'] for answer in from_bundle] == chain.ids()
+    for name, tolerance in (('latitude', 1e-6), ('longitude', 1e-6), ('sigma_east_m', 0.1), ('sigma_north_m', 0.1), ('heard', 0)):
+        assert np.allclose([answer[name] for answer in from_run], [answer[name] for answer in from_bundle], rtol=0, atol=tolerance)
+    shown = succeed('predict', chain.table, '--model', chain.bundle).stdout
+    rows = list(csv.DictReader(io.StringIO(shown)))
+    assert [float(row['latitude']) for row in rows] == [answer['latitude'] for answer in from_bundle]
+    assert succeed('predict', chain.table, '--model', chain.bundle, '--out', tmp_path / 'answers.csv').stdout == ''
+    assert list(csv.DictReader((tmp_path / 'answers.csv').read_text().splitlines())) == rows
+
+
+def test_a_table_to_locate_needs_no_positions(chain: Chain, tmp_path: Path):
+    with open(chain.table, newline='') as file:
+        rows = list(csv.reader(file))[:5]
+    (tmp_path / 'unknown.csv').write_text('\n'.join(','.join(row[:2] + row[4:]) for row in rows))
+    located = json.loads(succeed('predict', tmp_path / 'unknown.csv', '--model', chain.bundle, '--json').stdout)
+    assert [answer['session_id'] for answer in located] == [row[0] for row in rows[1:]]
+
+
+def test_the_same_seed_gives_the_same_model(chain: Chain):
+    chain.train(chain.run.parent / 'again')
+    first, again = (load_file(folder / 'model.safetensors') for folder in (chain.run, chain.run.parent / 'again'))
+    assert first.keys() == again.keys()
+    assert [name for name in first if not np.array_equal(first[name], again[name], equal_nan=True)] == []
+
+
+def test_papermill(chain: Chain, tmp_path: Path):
+    out = chain.run.parent / 'papermill'
+    parameters = {'epochs': 1, 'catalog': str(chain.catalog), 'out': str(out), 'test_sessions': str(chain.scene / 'test.txt')}
+    notebook = papermill.execute_notebook(RUN_NOTEBOOK, tmp_path / 'out.ipynb', parameters, progress_bar=False, cwd=tmp_path)
+    outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
+    assert any('| **model** |' in output.get('data', {}).get('text/markdown', '') for output in outputs)
+    assert any('image/png' in output.get('data', {}) for output in outputs)
+    assert yaml.safe_load((out / 'config.yaml').read_text())['epochs'] == 1
+    assert (out / 'bundle' / 'SHA256SUMS').exists() and list(tmp_path.iterdir()) == [tmp_path / 'out.ipynb']
+
+
+def test_papermill_refuses_an_unknown_parameter(tmp_path: Path):
+    with pytest.raises(papermill.PapermillExecutionError, match='HeimdallError: unknown parameter epoch: known are allow_rejects'):
+        papermill.execute_notebook(RUN_NOTEBOOK, tmp_path / 'out.ipynb', {'epoch': 1}, progress_bar=False, cwd=tmp_path)
+
+
+def fail(words: str, *arguments: object) -> str:
+    "Run the command; it must end in one line on standard error, which contains the words."
+    result = call(*arguments)
+    assert result.exit_code == 2, f'{arguments}: {result.exit_code} {result.exception!r}'
+    assert result.stdout == ''
+    assert result.stderr.startswith('heimdall-train: ') and result.stderr.count('\n') == 1, result.stderr
+    assert words in result.stderr, result.stderr
+    return result.stderr
+
+
+RECEIVERS = 'name,lat,lon\nnorth,45.07,7.60\neast,45.06,7.62\nhill,45.05,7.59\n'
+HEADER = 'session_id,started_at,lat,lon,north,east,hill\n'
+GOOD = [f's{number},2026-05-01T10:00:{number:02}Z,45.0{number + 10},7.60{number},-71.2,,-64.{number}\n' for number in range(10)]
+
+
+def write(folder: Path, table: str, receivers: str = RECEIVERS) -> Path:
+    "A level table with its receivers."
+    folder.mkdir(exist_ok=True)
+    (folder / 'receivers.csv').write_text(receivers)
+    (folder / 'levels.csv').write_text(table)
+    return folder / 'levels.csv'
+
+
+def ingest(table: Path, folder: Path) -> list[object]:
+    "The arguments that ingest a table into a catalog in the folder."
+    return ['ingest', 'levels', table, '--catalog', folder / 'catalog.db', '--store', folder / 'store']
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(('table', 'receivers', 'words'), [
+    ('', RECEIVERS, 'levels.csv is empty: expected the columns session_id,started_at,lat,lon'),
+    (HEADER, RECEIVERS, 'has a header but no rows'),
+    ('session_id,lat,north\ns0,45,-70\n', RECEIVERS, 'column started_at, lon missing'),
+    (HEADER.replace('hill', 'harbour') + GOOD[0], RECEIVERS, "has no receiver 'harbour': add it to receivers.csv"),
+    ('session_id,started_at,lat,lon,north,east\n', RECEIVERS[:RECEIVERS.index('hill')], '2 receivers: at least 3'),
+], ids=['empty table', 'no rows', 'missing columns', 'unknown receiver', 'two receivers'])
+def test_a_table_that_cannot_be_used(tmp_path: Path, table: str, receivers: str, words: str):
+    fail(words, *ingest(write(tmp_path / 'drive', table, receivers), tmp_path))
+    assert not (tmp_path / 'catalog.db').exists() and not (tmp_path / 'store').exists()
+
+
+@pytest.mark.fault
+def test_a_missing_table(tmp_path: Path):
+    fail('No such file or directory', *ingest(tmp_path / 'levels.csv', tmp_path))
+    write(tmp_path / 'drive', HEADER + GOOD[0])
+    (tmp_path / 'drive' / 'receivers.csv').unlink()
+    fail('write name,lat,lon of each receiver into it', *ingest(tmp_path / 'drive' / 'levels.csv', tmp_path))
+
+
+@pytest.mark.fault
+def test_what_is_set_aside_is_listed(tmp_path: Path):
+    bad = [GOOD[7].replace('-71.2', 'loud'), GOOD[8].replace('45.018', '95'), GOOD[0], GOOD[9].replace('2026-05-01', 'May')]
+    table = write(tmp_path / 'drive', ''.join([HEADER, *GOOD[:7], *bad]))
+    stopped = call(*ingest(table, tmp_path))
+    lines = stopped.stderr.splitlines()
+    assert stopped.exit_code == 2 and stopped.stdout == '' and lines[0].startswith('heimdall-train: ')
+    assert '4 of 11 rows cannot be used' in lines[0] and '--allow-rejects' in lines[0]
+    reasons = ["line 9: level 'loud' of receiver north is not a number", 'line 10: ', "line 11: session 's0' is already on line 2",
+               'line 12: started_at']
+    assert len(lines) == 5 and all(reason in line for reason, line in zip(reasons, lines[1:], strict=True)), stopped.stderr
+    assert not (tmp_path / 'catalog.db').exists()
+    kept = succeed(*ingest(table, tmp_path), '--allow-rejects')
+    assert kept.stdout.startswith('7 sessions added to dataset drive\n4 rows set aside:\n')
+    assert all(reason in kept.stdout for reason in reasons)
+    listed = json.loads(succeed(*ingest(table, tmp_path), '--allow-rejects', '--json').stdout)['rejects']
+    assert [reject['line'] for reject in listed] == [9, 10, 11, 12] and '95' in listed[1]['reason']
+
+
+@pytest.mark.fault
+def test_a_few_bad_rows_do_not_stop_it(tmp_path: Path):
+    table = write(tmp_path / 'drive', ''.join([HEADER, *GOOD[:9], GOOD[9].replace('-71.2', 'loud')]))
+    assert succeed(*ingest(table, tmp_path)).stdout.startswith('9 sessions added to dataset drive\n1 rows set aside:\n  line 11: level')
+
+
+@pytest.mark.fault
+def test_a_failed_ingest_leaves_what_was_there(tmp_path: Path):
+    succeed(*ingest(write(tmp_path / 'drive', HEADER + ''.join(GOOD)), tmp_path))
+    before = list(Catalog(tmp_path / 'catalog.db').sessions())
+    fail('has a header but no rows', *ingest(write(tmp_path / 'other', HEADER), tmp_path))
+    worse = call(*ingest(write(tmp_path / 'drive', HEADER + ''.join(row.replace('-71.2', 'x') for row in GOOD)), tmp_path))
+    assert worse.exit_code == 2 and '10 of 10 rows cannot be used' in worse.stderr
+    assert list(Catalog(tmp_path / 'catalog.db').sessions()) == before and len(before) == 10
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('command', ['train', 'evaluate', 'export'])
+def test_a_catalog_that_is_none(chain: Chain, tmp_path: Path, command: str):
+    where = ['--out', tmp_path / 'run'] if command == 'train' else ['--model', chain.run]
+    fail('there is no catalog', command, *where, '--catalog', tmp_path / 'missing.db')
+    (tmp_path / 'text.db').write_text('these are not sessions\n' * 100)
+    fail('text.db', command, *where, '--catalog', tmp_path / 'text.db')
+    assert not (tmp_path / 'missing.db').exists() and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.fault
+def test_a_split_file_that_names_no_known_session(chain: Chain, tmp_path: Path):
+    (tmp_path / 'empty.txt').write_text('\n')
+    (tmp_path / 'unknown.txt').write_text(f'{chain.ids()[0]}\nnobody\n')
+    faults = {'empty': 'names no session', 'unknown': "line 2: session 'nobody' is not in the dataset", 'missing': 'No such file'}
+    for command, where in (('train', ['--out', tmp_path / 'run']), ('evaluate', ['--model', chain.run])):
+        for name, words in faults.items():
+            fail(words, command, *where, '--catalog', chain.catalog, '--test-sessions', tmp_path / f'{name}.txt')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(('option', 'value', 'words'), [('--epochs', 0, 'parameter epochs'), ('--seed', -1, 'parameter seed'),
+                                                        ('--gain-drift', 'nan', 'parameter gain_drift'), ('--dataset', 'other', 'other')])
+def test_a_setting_out_of_range(chain: Chain, tmp_path: Path, option: str, value: object, words: str):
+    fail(words, 'train', '--catalog', chain.catalog, '--out', tmp_path / 'run', option, value)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.fault
+def test_what_was_trained_on_is_not_evaluated(chain: Chain, tmp_path: Path):
+    split = json.loads((chain.run / 'split.json').read_text())
+    for part in ('train', 'validation'):
+        (tmp_path / 'known.txt').write_text('\n'.join([*split['test'], split[part][0]]))
+        fail('evaluate on others', 'evaluate', '--model', chain.run, '--catalog', chain.catalog, '--test-sessions', tmp_path / 'known.txt')
+
+
+@pytest.mark.fault
+def test_a_run_folder_without_a_finished_run(chain: Chain, tmp_path: Path):
+    for command in ('evaluate', 'export'):
+        fail('train again or give another run folder', command, '--model', tmp_path / 'nothing', '--catalog', chain.catalog)
+    fail('train first, or give --model', 'predict', chain.table, '--model', tmp_path / 'nothing')
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('kept', [0, 4, 100, 1_000_000])
+def test_a_truncated_model(chain: Chain, tmp_path: Path, kept: int):
+    for name in ('split.json', 'metrics.json'):
+        shutil.copy(chain.run / name, tmp_path)
+    with open(chain.run / 'model.safetensors', 'rb') as whole:
+        (tmp_path / 'model.safetensors').write_bytes(whole.read(kept))
+    for arguments in (['evaluate', '--catalog', chain.catalog], ['export', '--catalog', chain.catalog], ['predict', chain.table]):
+        fail('not a whole model file', *arguments, '--model', tmp_path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('name', ['model.onnx', 'model.json', 'sample.json', 'MODEL_CARD.md', 'SHA256SUMS'])
+def test_a_damaged_bundle(chain: Chain, tmp_path: Path, name: str):
+    bundle = shutil.copytree(chain.bundle, tmp_path / 'bundle')
+    content = (bundle / name).read_bytes()
+    for damaged in (content[:len(content) // 2], content.replace(b'e', b'f', 1), b''):
+        (bundle / name).write_bytes(damaged)
+        fail('' if name == 'SHA256SUMS' else 'missing or altered since the export', 'predict', chain.table, '--model', bundle)
+    (bundle / name).unlink()
+    fail('', 'predict', chain.table, '--model', bundle)
+
+
+@contextmanager
+def disk(folder: Path, *options: str) -> Iterator[Path]:
+    "A file system of its own, where the tests may make one."
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', ','.join(options), 'tmpfs', str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('no right to mount a file system here')
+    try:
+        yield folder
+    finally:
+        subprocess.run(['umount', str(folder)], check=True)
+
+
+@pytest.mark.fault
+def test_a_folder_that_cannot_be_written(chain: Chain, tmp_path: Path):
+    with disk(tmp_path / 'disk', 'ro') as folder:
+        fail('choose a folder that you may write to', *chain.to_train(folder / 'run'))
+        fail('choose a folder that you may write to', *ingest(chain.table, folder))
+        fail('choose a folder that you may write to', 'predict', chain.table, '--model', chain.bundle, '--out', folder / 'answers.csv')
+
+
+@pytest.mark.fault
+def test_an_earlier_run_that_cannot_be_replaced(chain: Chain, tmp_path: Path):
+    with disk(tmp_path / 'disk', 'size=1m') as folder:
+        (folder / 'metrics.json').write_text('{}')
+        subprocess.run(['mount', '-o', 'remount,ro', str(folder)], check=True)
+        fail('choose another --out', 'train', '--catalog', chain.catalog, '--out', folder)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('size', ['16k', '64k', '1m', '8m'])
+def test_a_full_disk(chain: Chain, tmp_path: Path, size: str):
+    with disk(tmp_path / 'disk', f'size={size}') as folder:
+        result = call(*chain.to_train(folder / 'run'))
+        lines = result.stderr.splitlines()
+        assert result.exit_code == 2 and result.stdout == '' and 'Traceback' not in result.stderr, result.exception
+        assert [line for line in lines if line.startswith('heimdall-train: ')] == lines[-1:] and 'free some space' in lines[-1]
+        assert not (folder / 'run' / 'metrics.json').exists()
+
+
+@pytest.mark.fault
+def test_only_debug_shows_the_traceback(tmp_path: Path):
+    program = [sys.executable, '-c', 'from heimdall_train.cli import main; main()', 'ingest', 'levels', str(tmp_path / 'levels.csv')]
+    quiet, loud = (subprocess.run(program + more, capture_output=True, text=True, cwd=tmp_path) for more in ([], ['--debug']))
+    assert quiet.returncode == 2 and quiet.stdout == '' and quiet.stderr.count('\n') == 1
+    assert loud.returncode != 0 and 'Traceback' in loud.stderr and 'HeimdallError: ' in loud.stderr.splitlines()[-1]
+    assert isinstance(call('ingest', 'levels', tmp_path / 'levels.csv', '--debug').exception, HeimdallError)
+    assert list(tmp_path.iterdir()) == []
