@@ -391,6 +391,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'heimdall_train.pipeline._frame': ('pipeline.html#_frame', 'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._locator': ('pipeline.html#_locator', 'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._model_card': ('pipeline.html#_model_card', 'heimdall_train/pipeline.py'),
+                                         'heimdall_train.pipeline._of_run': ('pipeline.html#_of_run', 'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._plain': ('pipeline.html#_plain', 'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._prepare_folder': ( 'pipeline.html#_prepare_folder',
                                                                                       'heimdall_train/pipeline.py'),

@@ -233,6 +233,18 @@ def _write_json(path: Path, values: dict) -> None:
     write_file(path, json.dumps(values, indent=1).encode())
 
 
+def _of_run(config: Config) -> Config:
+    "The configuration, with catalog, dataset, seed and tracking of the run that is used where they were not given."
+    folder = config.model_path
+    try:
+        kept = yaml.safe_load((folder / 'config.yaml').read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise HeimdallError(f'{folder}: no run here ({type(error).__name__} for config.yaml): train first, or give --model') from error
+    names = ('catalog', 'store', 'dataset', 'seed', 'tracking')
+    return config.model_copy(update={name: kept[name] for name in names
+                                     if name not in config.model_fields_set and kept.get(name) is not None and '…' not in str(kept[name])})
+
+
 def _read_run(folder: Path) -> tuple[Split, dict]:
     "Split and metrics of a run folder; `HeimdallError` where it is none."
     split = Split.load(folder / 'split.json')
@@ -252,6 +264,7 @@ def evaluate(
     from heimdall_train.training import estimate
 
     say = progress or (lambda line: None)
+    config = _of_run(config)
     folder = config.model_path
     split, metrics = _read_run(folder)
     model = load_model(folder / 'model.safetensors')
@@ -397,6 +410,7 @@ def export(
     from heimdall_train.tracking import default_tracking_uri, tracked_run
 
     say = progress or (lambda line: None)
+    config = _of_run(config)
     folder = config.model_path
     split, metrics = _read_run(folder)
     model, data = load_model(folder / 'model.safetensors'), read_data(config)
