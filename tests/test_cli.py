@@ -134,6 +134,8 @@ def test_evaluate(chain: Chain):
     assert evaluation['n'] == len((chain.scene / 'test.txt').read_text().split())
     assert {'mean', 'centroid', 'knn', 'extra_trees', 'logdistance', 'levels_kriged'} == set(evaluation['baselines'])
     assert evaluation['model']['mean_m'] < evaluation['baselines']['mean']['mean_m']
+    kept = json.loads((chain.run / 'metrics.json').read_text())['evaluation']
+    assert kept == evaluation
     for name in ('report.md', 'map.png', 'errors.png', 'calibration.png', 'evaluation.parquet', 'metrics.json'):
         assert (chain.run / name).stat().st_size > 0
 
@@ -312,14 +314,14 @@ def test_what_was_trained_on_is_not_evaluated(chain: Chain, tmp_path: Path):
 @pytest.mark.fault
 def test_a_run_folder_without_a_finished_run(chain: Chain, tmp_path: Path):
     for command in ('evaluate', 'export'):
-        fail('train again or give another run folder', command, '--model', tmp_path / 'nothing', '--catalog', chain.catalog)
+        fail('train first, or give --model', command, '--model', tmp_path / 'nothing', '--catalog', chain.catalog)
     fail('train first, or give --model', 'predict', chain.table, '--model', tmp_path / 'nothing')
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize('kept', [0, 4, 100, 1_000_000])
 def test_a_truncated_model(chain: Chain, tmp_path: Path, kept: int):
-    for name in ('split.json', 'metrics.json'):
+    for name in ('config.yaml', 'split.json', 'metrics.json'):
         shutil.copy(chain.run / name, tmp_path)
     with open(chain.run / 'model.safetensors', 'rb') as whole:
         (tmp_path / 'model.safetensors').write_bytes(whole.read(kept))
@@ -334,9 +336,9 @@ def test_a_damaged_bundle(chain: Chain, tmp_path: Path, name: str):
     content = (bundle / name).read_bytes()
     for damaged in (content[:len(content) // 2], content.replace(b'e', b'f', 1), b''):
         (bundle / name).write_bytes(damaged)
-        fail('' if name == 'SHA256SUMS' else 'missing or altered since the export', 'predict', chain.table, '--model', bundle)
+        fail('export again', 'predict', chain.table, '--model', bundle)
     (bundle / name).unlink()
-    fail('', 'predict', chain.table, '--model', bundle)
+    fail('train first' if name == 'model.json' else 'export again', 'predict', chain.table, '--model', bundle)
 
 
 @contextmanager
@@ -349,7 +351,7 @@ def disk(folder: Path, *options: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(['umount', str(folder)], check=True)
+        subprocess.run(['umount', '--lazy', str(folder)], check=True)  # MLflow keeps its database open
 
 
 @pytest.mark.fault
@@ -369,14 +371,16 @@ def test_an_earlier_run_that_cannot_be_replaced(chain: Chain, tmp_path: Path):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize('size', ['16k', '64k', '1m', '8m'])
+@pytest.mark.parametrize('size', ['64k', '8m', '64m', '120m'])
 def test_a_full_disk(chain: Chain, tmp_path: Path, size: str):
+    "Full at the tracking database, at the first checkpoint, at the model, and at MLflow's copy of the model."
     with disk(tmp_path / 'disk', f'size={size}') as folder:
         result = call(*chain.to_train(folder / 'run'))
         lines = result.stderr.splitlines()
         assert result.exit_code == 2 and result.stdout == '' and 'Traceback' not in result.stderr, result.exception
-        assert [line for line in lines if line.startswith('heimdall-train: ')] == lines[-1:] and 'free some space' in lines[-1]
-        assert not (folder / 'run' / 'metrics.json').exists()
+        assert [line for line in lines if line.startswith('heimdall-train: ')] == lines[-1:], result.stderr
+        assert 'free some space' in lines[-1], lines[-1]
+        assert not list(folder.rglob('*.part')) and (size == '120m' or not (folder / 'run' / 'metrics.json').exists())
 
 
 @pytest.mark.fault
