@@ -9,13 +9,12 @@ __all__ = ['FLAT_MAP_SHAPE', 'LevelData', 'level_data', 'LevelStatistics', 'leve
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 
 import numpy as np
 
 from .geodesy import Frame
 from .network import HeimdallError, Network
-from .store import Recording, Session, Source
+from .store import Session
 
 # %% ../nbs/35_features.ipynb #6986674e
 @dataclass(frozen=True)
