@@ -232,6 +232,8 @@ def check_bundle(
         lines = (folder / 'SHA256SUMS').read_text().splitlines()
     except OSError as error:
         raise HeimdallError(f'{folder}: no SHA256SUMS: not a bundle, or an unfinished one: export again') from error
+    if not {'model.onnx', 'model.json', 'sample.json', 'MODEL_CARD.md'} <= {line.partition('  ')[2] for line in lines}:
+        raise HeimdallError(f'{folder / "SHA256SUMS"} is not whole: take another copy or export again')
     for line in lines:
         digest, _, name = line.partition('  ')
         file = folder / name

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['REGISTERED_MODEL', 'CHALLENGER', 'EXPERIMENT', 'default_tracking_uri', 'Run', 'tracked_run']
 
-# %% ../nbs/75_tracking.ipynb #587fb763
+# %% ../nbs/75_tracking.ipynb #901ae461
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 from .network import HeimdallError
 
-# %% ../nbs/75_tracking.ipynb #5b7af78d
+# %% ../nbs/75_tracking.ipynb #fbf9f42d
 REGISTERED_MODEL = 'localization_model'
 CHALLENGER = 'challenger'  # alias of the newest version; a person makes it the champion
 
@@ -37,7 +38,7 @@ def default_tracking_uri(
     "Where runs are tracked without a server."
     return f'sqlite:///{Path(out).resolve().parent / "mlflow.db"}'
 
-# %% ../nbs/75_tracking.ipynb #e19bba2d
+# %% ../nbs/75_tracking.ipynb #2169b1cf
 class Run:
     "An open MLflow run."
 
@@ -86,7 +87,7 @@ class Run:
         from mlflow.models import infer_signature
 
         mlflow.set_tracking_uri(self.client.tracking_uri)
-        with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
+        with mlflow.start_run(run_id=self.run_id, log_system_metrics=False), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             info = mlflow.onnx.log_model(
                 onnx.load(str(onnx_path)),
                 name='model',
@@ -108,7 +109,7 @@ def _flat(metrics: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, f
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f'{prefix}{name}', float(value)
 
-# %% ../nbs/75_tracking.ipynb #ba37f616
+# %% ../nbs/75_tracking.ipynb #eaeadfd9
 EXPERIMENT = 'heimdall-train'
 
 
@@ -128,14 +129,23 @@ def tracked_run(
         else:
             client.update_run(run_id, status='RUNNING')
     except Exception as error:  # MLflow's own, the database's, the network's
-        reason = ' '.join(str(error).split())[:160]
-        raise HeimdallError(f'runs cannot be tracked at {_without_password(uri)}: {reason}: check the tracking URI') from error
+        raise _explain(uri, error) from error
     try:
         yield Run(client, run_id)
-    except BaseException:
-        client.set_terminated(run_id, status='FAILED')
+    except BaseException as error:
+        with suppress(Exception):  # what went wrong may be the tracking store itself
+            client.set_terminated(run_id, status='FAILED')
+        if isinstance(error, mlflow.exceptions.MlflowException):
+            raise _explain(uri, error) from error
         raise
     client.set_terminated(run_id, status='FINISHED')
+
+
+def _explain(uri: str, error: Exception) -> HeimdallError:
+    "An error of MLflow, or of what it keeps runs in, in one line."
+    reason = ' '.join(str(error).partition('[SQL')[0].split())[:160]
+    advice = 'free some space or choose another folder' if 'disk is full' in reason else 'check the tracking URI'
+    return HeimdallError(f'runs cannot be tracked at {_without_password(uri)}: {reason}: {advice}')
 
 
 def _experiment(client, uri: str) -> str:

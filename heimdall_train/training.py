@@ -192,7 +192,10 @@ def fit(
     best = Path(folder) / 'best.safetensors'
     keep = KeepBest(best, patience, progress)
     with learner.no_bar(), learner.no_logging():
-        learner.fit_one_cycle(epochs, learning_rate, cbs=[keep, *(callbacks or [])])
+        try:
+            learner.fit_one_cycle(epochs, learning_rate, cbs=[keep, *(callbacks or [])])
+        except HeimdallError as error:
+            raise HeimdallError(str(error).rpartition('\n\t')[2]) from error  # fastai writes the callback's name before it
     if keep.best_epoch < 0:
         raise HeimdallError('no epoch ended with a finite validation loss: lower the learning rate')
     return load_model(best)
