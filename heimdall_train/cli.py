@@ -7,7 +7,7 @@ __all__ = ['app', 'ingest_app', 'CatalogOption', 'StoreOption', 'DatasetOption',
            'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption', 'JsonOption', 'DebugOption',
            'main_callback', 'ingest_levels_command', 'train', 'evaluate', 'export', 'predict', 'demo', 'main']
 
-# %% ../nbs/95_cli.ipynb #b195162b
+# %% ../nbs/95_cli.ipynb #0b544b29
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-# %% ../nbs/95_cli.ipynb #69b4c6dc
+# %% ../nbs/95_cli.ipynb #b65860c4
 app = typer.Typer(
     help='Localise a radio transmitter from a network of receivers, and say how sure the answer is.',
     no_args_is_help=True,
@@ -37,7 +37,7 @@ TestOption = Annotated[
     Path | None, typer.Option('--test-sessions', help='File with one session id a line [default: hold out whole blocks]')
 ]
 SeedOption = Annotated[int | None, typer.Option('--seed', help='Of blocks, weights, order of samples and drop-out [default: 0]')]
-EpochsOption = Annotated[int | None, typer.Option('--epochs', help='Epochs that the one cycle of the learning rate spans [default: 10]')]
+EpochsOption = Annotated[int | None, typer.Option('--epochs', help='Epochs that the one cycle of the learning rate spans [default: 8]')]
 DriftOption = Annotated[
     float | None,
     typer.Option(
@@ -51,7 +51,7 @@ RejectsOption = Annotated[bool, typer.Option('--allow-rejects', help='Keep the g
 JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON alone on standard output')]
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error')]
 
-# %% ../nbs/95_cli.ipynb #d5fc08ff
+# %% ../nbs/95_cli.ipynb #fe85cce8
 def _run(
     call: Callable[[Any], Any],  # gets the configuration
     debug: bool,  # whether errors keep their traceback
@@ -93,7 +93,7 @@ def _next(*commands: str) -> None:
     "What to run next, on standard error."
     _say('\nnext:\n' + '\n'.join(f'  {command}' for command in commands))
 
-# %% ../nbs/95_cli.ipynb #cb7930d5
+# %% ../nbs/95_cli.ipynb #08f323e3
 @app.callback()
 def main_callback() -> None:
     "Localise a radio transmitter from a network of receivers, and say how sure the answer is."

@@ -45,8 +45,8 @@ class Config(BaseSettings):
     test_sessions: Path | None = Field(None, description='file with one session id a line; whole blocks are held out where not given')
     validation_sessions: Path | None = Field(None, description='the same for validation')
     seed: int = Field(0, ge=0, lt=2**31, description='of blocks, weights, order of samples and drop-out')
-    epochs: int = Field(10, ge=1, le=100, description='epochs that the one cycle spans')
-    batch_size: int = Field(32, ge=2, le=4096, description='sessions a step')
+    epochs: int = Field(8, ge=1, le=100, description='epochs that the one cycle spans')
+    batch_size: int = Field(64, ge=2, le=4096, description='sessions a step')
     learning_rate: float = Field(1e-3, gt=0, le=1, description='highest learning rate of the cycle')
     gain_drift: float = Field(
         0.0, ge=0, le=30, description='dB by which gains may have changed since training; above 0 silence means nothing either'
