@@ -10,6 +10,7 @@ __all__ = ['GRID_CELLS', 'FOLDS', 'BLOCK_M', 'Config', 'make_config', 'ingest', 
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .catalog import Catalog
 from .dataset import Split, block_folds, make_split
-from .features import LevelData, level_data, level_statistics
+from .features import LevelData, drift, level_data, level_statistics
 from .ingest import IngestReport, ingest_levels, read_levels_to_locate, read_split_file
 from .metrics import Evaluation, PositionMetrics, evaluate_positions, mahalanobis_squared, markdown_table
 from .network import HeimdallError, Network
@@ -144,9 +145,13 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
     positions, receivers = training.enu(frame), data.network.positions_enu(frame)[:, :2]
     started = time.perf_counter()
     grid, folds = position_grid(positions, GRID_CELLS), block_folds(positions, BLOCK_M, FOLDS, config.seed)
-    kriging = choose_kriging(positions, training.levels, receivers, folds)
+    judged = training.levels
+    if config.gain_drift:  # choices and calibration are made as if another campaign had measured
+        judged = drift(training.levels, config.gain_drift, config.seed)
+        validation = replace(validation, levels=drift(validation.levels, config.gain_drift, config.seed))
+    kriging = choose_kriging(positions, training.levels, receivers, folds, judged, config.gain_drift)
     anchors = cross_fit(positions, training.levels, receivers, grid, kriging, folds, config.gain_drift)
-    weights = choose_weights(anchors, positions, training.levels, folds, silence=not config.gain_drift)
+    weights = choose_weights(anchors, positions, judged, folds, silence=not config.gain_drift)
 
     def final_anchor(sources: LevelData):
         anchor = fit_level_anchor(sources.enu(frame), sources.levels, receivers, grid, kriging, config.gain_drift)
@@ -172,7 +177,7 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say) -> tup
         )
 
     began = time.perf_counter()
-    learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed)
+    learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed, gain_drift=config.gain_drift)
     model = fit(learner, config.epochs, config.out / 'checkpoints', config.learning_rate, progress=epoch_ended)
     seconds = time.perf_counter() - began
     finish(model, validation)
@@ -561,8 +566,6 @@ def write_scene_table(
     "Simulate a scene and write it as a level table."
     import csv
     import io
-    from dataclasses import replace
-
     scene = load_scene(name)
     if sources is not None:
         scene = replace(scene, sources=sources)

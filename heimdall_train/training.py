@@ -21,7 +21,7 @@ with warnings.catch_warnings():  # fastai still compiles a few layers with torch
 from torch import nn
 
 from .anchor import Fix, LevelAnchor
-from .features import LevelData
+from .features import CHANGED_SHARE, OUTLIER_DEVIATION, LevelData
 from .loss import gaussian_nll
 from .metrics import variance_scale
 from .model import LocalizationNet, load_model, save_model
@@ -58,10 +58,11 @@ class CrossFitted(nn.Module):
         model: LocalizationNet,  # the network that is trained
         anchors: list[LevelAnchor],  # one a fold
         drop: float = 0.3,  # largest share of the receivers that is dropped from a session
+        gain_drift: float = 0.0,  # dB; above 0, levels are changed as another campaign might
         seed: int = 0,  # of what is dropped
     ):
         super().__init__()
-        self.model, self.drop = model, drop
+        self.model, self.drop, self.gain_drift = model, drop, gain_drift
         self.anchors = nn.ModuleList(anchors)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -73,6 +74,10 @@ class CrossFitted(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position (B, 2) and covariance (B, 2, 2)
         "Correct the fix of each session's own anchor."
         if self.training:
+            if self.gain_drift:
+                changed = torch.rand(levels.shape, generator=self.generator) < CHANGED_SHARE
+                deviation = torch.where(changed, OUTLIER_DEVIATION, self.gain_drift)
+                levels = levels + deviation * torch.randn(levels.shape, generator=self.generator)
             share = self.drop * torch.rand(len(heard), 1, generator=self.generator)
             working = (torch.rand(heard.shape, generator=self.generator) >= share).float()
             working = torch.where((heard * working).sum(dim=1, keepdim=True) >= 3, working, torch.ones_like(working))
@@ -162,6 +167,7 @@ def new_learner(
     batch_size: int = 32,  # sessions a step
     seed: int = 0,  # of the order of the samples and of drop-out
     beta: float = 0.5,  # of the β-NLL
+    gain_drift: float = 0.0,  # dB, deviation by which a receiver's gain may have changed since training
 ) -> Learner:
     "A fastai Learner for cross-fitted training."
     seed_everything(seed)
@@ -170,7 +176,7 @@ def new_learner(
         DataLoader(Sessions(validation, model), bs=64, num_workers=0),
     )
     loaders.n_inp = 3
-    network = CrossFitted(model, anchors, seed=seed)
+    network = CrossFitted(model, anchors, 0.9 if gain_drift else 0.3, gain_drift, seed)
 
     def loss(prediction, target, source_error):
         position, covariance = prediction
