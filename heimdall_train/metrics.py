@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COVERAGE_LEVELS', 'CoverageLevel', 'position_errors', 'mahalanobis_squared', 'ellipse_radius', 'coverage_counts',
            'clopper_pearson', 'gaussian_nll', 'energy_score', 'variance_scale', 'evaluate_positions', 'PositionMetrics',
-           'Evaluation', 'evaluation_schema', 'Coverage', 'pool_coverage', 'markdown_table']
+           'Evaluation', 'evaluation_schema', 'Coverage', 'pool_coverage', 'timing_bound', 'markdown_table']
 
 # %% ../nbs/60_metrics.ipynb #7baae161
 import math
@@ -16,6 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt
 from scipy.special import ellipe
 from scipy.stats import beta
+
+from .geodesy import SPEED_OF_LIGHT
 
 # %% ../nbs/60_metrics.ipynb #19900147
 def _check_positions(truth: np.ndarray, estimate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -241,6 +243,24 @@ def _method(evaluation: Evaluation, name: str) -> PositionMetrics:
         present = ', '.join(key for key, value in named.items() if value is not None)
         raise KeyError(f'the evaluation of {evaluation.split} has no {name}: it has {present}')
     return metrics
+
+# %% ../nbs/60_metrics.ipynb #a50498a9
+def timing_bound(
+    positions: np.ndarray,  # metres east, north, up, of the sources, shape (N, 3)
+    receivers: np.ndarray,  # metres in the same frame, shape (R, 3)
+    variance: np.ndarray,  # s², of each arrival time, shape (N, R)
+    timed: np.ndarray,  # which receivers take part, bool, shape (N, R)
+) -> np.ndarray:  # m², smallest covariance of an unbiased horizontal position, shape (N, 2, 2); infinite where not determined
+    "Cramér–Rao bound of a time-difference fix with unknown emission time."
+    offset = positions[:, None, :] - receivers
+    unit = offset[:, :, :2] / np.linalg.norm(offset, axis=2, keepdims=True)
+    weight = np.where(timed, 1 / (SPEED_OF_LIGHT**2 * variance), 0.0)
+    centred = unit - (weight[:, :, None] * unit).sum(axis=1, keepdims=True) / np.maximum(weight.sum(axis=1), 1e-30)[:, None, None]
+    information = np.einsum('nr,nri,nrj->nij', weight, centred, centred)
+    determined = (timed.sum(axis=1) >= 3) & (np.linalg.cond(information) < 1e12)
+    bound = np.full(information.shape, np.inf)
+    bound[determined] = np.linalg.inv(information[determined])
+    return bound
 
 # %% ../nbs/60_metrics.ipynb #6995ffb6
 def _cell(value: float | None, style: str) -> str:

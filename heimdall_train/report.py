@@ -10,6 +10,7 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from matplotlib.ticker import LogLocator, NullLocator
@@ -73,12 +74,24 @@ def map_figure(
             axis.plot([], [], color=colour, linewidth=1.2, label=label)
     axis.plot(*estimated.T, 'o', color=_BLUE, markersize=4, linestyle='', label='estimate', zorder=4)
     axis.plot(*true.T, 'x', color='black', markersize=5, linestyle='', label='true position', zorder=5)
-    known = receivers[np.isfinite(receivers).all(axis=1)]
-    axis.plot(*known.T / 1000, '^', color=_GREEN, markeredgecolor='white', markersize=9, linestyle='', label='receiver', zorder=6)
-    axis.autoscale_view()
+    _draw_receivers(axis, receivers[np.isfinite(receivers).all(axis=1)] / 1000, np.concatenate([true, estimated]))
     axis.grid(alpha=0.25)
     figure.legend(loc='outside lower center', ncols=3, fontsize=8, frameon=False)
     return figure
+
+
+def _draw_receivers(axis: Axes, receivers: np.ndarray, places: np.ndarray) -> None:
+    "Receivers as triangles, in kilometres; those far outside stand at the border with their distance from the middle."
+    low, high = places.min(axis=0), places.max(axis=0)
+    centre, half = (low + high) / 2, 0.7 * (high - low).max() + 0.01
+    offset = receivers - centre
+    far = np.abs(offset).max(axis=1) > 1.6 * half
+    half = max(half, 1.1 * np.abs(offset[~far]).max(initial=0.0))
+    shown = np.where(far[:, None], 0.93 * half * offset / np.maximum(np.abs(offset).max(axis=1, keepdims=True), 1e-9), offset) + centre
+    axis.plot(*shown.T, '^', color=_GREEN, markeredgecolor='white', markersize=9, linestyle='', label='receiver', zorder=6)
+    for place, distance in zip(shown[far], np.hypot(*offset[far].T), strict=True):
+        axis.annotate(f'{distance:.0f} km', place, xytext=(0, 7), textcoords='offset points', ha='center', fontsize=8, color=_GREEN)
+    axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
 
 # %% ../nbs/85_report.ipynb #27b40d90
 def error_cdf_figure(

@@ -290,6 +290,17 @@ class Store:
         "Keep the samples of one receiver of one session."
         return self.write(recording_key(session_id, receiver), encode_iq(iq))
 
+    def fingerprint(
+        self,
+        uri: str,  # as returned by `write_recording`
+    ) -> str:  # changes with the content
+        "Size and time of change of what is at a URI; empty where there is nothing."
+        try:
+            status = self._path(self.key(uri)).stat()
+        except OSError:
+            return ''
+        return f'{status.st_size}-{status.st_mtime_ns}'
+
     def read_recording(
         self,
         uri: str,  # as returned by `write_recording`
