@@ -10,7 +10,7 @@ __all__ = ['METADATA', 'NETWORKS', 'STATIONS', 'SOURCES', 'SESSIONS', 'MEASUREME
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -262,7 +262,9 @@ def _put_dataset(connection: sa.Connection, dataset: str, network: str, tables: 
     return row.id
 
 
-def _put_sessions(connection: sa.Connection, sessions: Iterable[Session], dataset: uuid.UUID, network: Network, approved: bool) -> int:
+def _put_sessions(
+    connection: sa.Connection, sessions: Iterable[Session], dataset: uuid.UUID, network: Network, approved: bool, samples: Mapping[str, int],
+) -> int:
     "Insert sessions with their sources and measurements; how many."
     stations = {row.name: row.id for row in connection.execute(sa.select(STATIONS.c.name, STATIONS.c.id)) if row.name in network.names}
     count = 0
@@ -279,7 +281,7 @@ def _put_sessions(connection: sa.Connection, sessions: Iterable[Session], datase
         _insert(connection, SOURCES, [_source_row(key, source) for key, source in sources.items() if key not in stored])
         _insert(connection, SESSIONS, [_session_row(key, session, approved) for key, session in keys.items()])
         _insert(connection, MEASUREMENTS, [
-            row for key, session in keys.items() for row in _measurement_rows(key, session, stations, network)])
+            row for key, session in keys.items() for row in _measurement_rows(key, session, stations, network, samples)])
         members = sa.select(sa.literal(dataset, sa.Uuid), MEASUREMENTS.c.timestamp, MEASUREMENTS.c.id)
         connection.execute(sa.insert(DATASET_MEASUREMENTS).from_select(
             ['training_dataset_id', 'measurement_timestamp', 'measurement_id'],
@@ -311,7 +313,9 @@ def _session_row(key: uuid.UUID, session: Session, approved: bool) -> dict:
         'session_start': session.started_at, 'status': 'completed', 'approval_status': 'approved' if approved else 'pending'}
 
 
-def _measurement_rows(key: uuid.UUID, session: Session, stations: dict[str, uuid.UUID], network: Network) -> Iterator[dict]:
+def _measurement_rows(
+    key: uuid.UUID, session: Session, stations: dict[str, uuid.UUID], network: Network, samples: Mapping[str, int],
+) -> Iterator[dict]:
     "Rows of a session's recordings."
     if not session.recordings:
         raise HeimdallError(f'session {session.id} was heard by no receiver: leave it out')
@@ -321,11 +325,13 @@ def _measurement_rows(key: uuid.UUID, session: Session, stations: dict[str, uuid
         if recording.iq is not None and recording.iq_uri is None:
             raise HeimdallError(f'session {session.id}: no store holds the samples of receiver {recording.receiver}: '
                                 'write them first and give their URI')
+        count = samples.get(recording.iq_uri or '', None if recording.iq is None else len(recording.iq))
         yield {
             'timestamp': session.started_at + timedelta(seconds=recording.start_offset), 'id': uuid.uuid5(key, recording.receiver),
             'recording_session_id': key, 'websdr_station_id': stations[recording.receiver], 'frequency_hz': session.frequency_hz,
             'signal_strength_db': recording.level_db, 'snr_db': recording.snr_db, 'iq_data_location': recording.iq_uri,
-            'iq_data_format': 'npy' if recording.iq_uri else None, 'iq_sample_rate': recording.sample_rate,
+            'iq_data_format': 'npy' if recording.iq_uri else None, 'iq_sample_rate': recording.sample_rate, 'iq_samples_count': count,
+            'duration_seconds': count / recording.sample_rate if count and recording.sample_rate else None,
             'clock_error_s': recording.clock_error_s, 'start_offset_s': recording.start_offset}
 
 # %% ../nbs/15_catalog.ipynb #b7b1ca15
@@ -333,15 +339,16 @@ _IS_MEMBER = ((MEASUREMENTS.c.timestamp == DATASET_MEASUREMENTS.c.measurement_ti
               & (MEASUREMENTS.c.id == DATASET_MEASUREMENTS.c.measurement_id))
 
 
-def _eligible(columns: list, dataset: uuid.UUID, approved: bool) -> sa.Select:
-    "Select from a dataset's measurements, of completed sessions whose source has a position."
+def _eligible(columns: list, dataset: uuid.UUID, approved: bool, located: bool = True) -> sa.Select:
+    "Select from a dataset's measurements, of completed sessions, all or those whose source has a position."
     query = (sa.select(*columns).select_from(DATASET_MEASUREMENTS)
              .join(MEASUREMENTS, _IS_MEMBER)
              .join(SESSIONS, SESSIONS.c.id == MEASUREMENTS.c.recording_session_id)
-             .join(SOURCES, SOURCES.c.id == SESSIONS.c.known_source_id)
+             .join(SOURCES, SOURCES.c.id == SESSIONS.c.known_source_id, isouter=not located)
              .join(STATIONS, STATIONS.c.id == MEASUREMENTS.c.websdr_station_id)
-             .where(DATASET_MEASUREMENTS.c.training_dataset_id == dataset, SESSIONS.c.status == 'completed',
-                    SOURCES.c.latitude.is_not(None), SOURCES.c.longitude.is_not(None)))
+             .where(DATASET_MEASUREMENTS.c.training_dataset_id == dataset, SESSIONS.c.status == 'completed'))
+    if located:
+        query = query.where(SOURCES.c.latitude.is_not(None), SOURCES.c.longitude.is_not(None))
     return query.where(SESSIONS.c.approval_status == 'approved') if approved else query
 
 
@@ -352,11 +359,11 @@ _COLUMNS = [SESSIONS.c.session_name, SESSIONS.c.session_start, MEASUREMENTS.c.fr
 
 
 def _read_sessions(
-    connection: sa.Connection, dataset: uuid.UUID, network: Network, wanted: set[str] | None, approved: bool,
+    connection: sa.Connection, dataset: uuid.UUID, network: Network, wanted: set[str] | None, approved: bool, located: bool,
 ) -> Iterator[Session]:
     "Sessions of a dataset, one at a time."
     place = {name: index for index, name in enumerate(network.names)}
-    query = _eligible(_COLUMNS, dataset, approved).order_by(SESSIONS.c.session_start, SESSIONS.c.session_name)
+    query = _eligible(_COLUMNS, dataset, approved, located).order_by(SESSIONS.c.session_start, SESSIONS.c.session_name)
     rows = connection.execution_options(yield_per=1000).execute(query)
     for session_name, group in groupby(rows, key=lambda row: row[0]):
         if wanted is None or session_name in wanted:
@@ -364,7 +371,7 @@ def _read_sessions(
             _, start, frequency, source_name, latitude, longitude, height, error_m = measurements[0][:8]
             recordings = [Recording(row[8], row[9], row[10], row[11], row[12] or 0.0, row[13], row[14]) for row in measurements]
             in_order = sorted(recordings, key=lambda recording: place.get(recording.receiver, len(place)))
-            source = Source(source_name, latitude, longitude, height, error_m or 0.0)
+            source = None if latitude is None or longitude is None else Source(source_name, latitude, longitude, height, error_m or 0.0)
             yield Session(session_name, start, source, tuple(in_order), frequency)
 
 # %% ../nbs/15_catalog.ipynb #e56d89f7
@@ -459,6 +466,7 @@ class Catalog:
         approved: bool = True,  # False leaves the approval to a person
         network: Network | None = None,  # that recorded them, added in the same transaction; None: the catalog's only one
         tables: dict[str, str | None] | None = None,  # SHA-256 of the tables they come from, and where their bytes are
+        samples: Mapping[str, int] | None = None,  # how many samples a recording has, by its iq_uri; of those in memory it is known
     ) -> int:  # how many were added
         "Add completed sessions to a dataset, all of them or none; `HeimdallError` for a session that the dataset already has."
         if not (dataset.strip() and dataset.isprintable()):
@@ -470,7 +478,7 @@ class Catalog:
             else:
                 _put_network(connection, network)
             key = _put_dataset(connection, dataset, network.name, tables or {})
-            return _put_sessions(connection, sessions, key, network, approved)
+            return _put_sessions(connection, sessions, key, network, approved, samples or {})
 
     def datasets(self) -> list[Dataset]:  # by name
         "The datasets of the catalog."
@@ -495,6 +503,7 @@ class Catalog:
         dataset: str | None = None,  # name; None where there is only one
         ids: Iterable[str] | None = None,  # of the sessions wanted; None: all
         approved: bool = True,  # False: also those that still wait for approval
+        located: bool = True,  # False: also those whose source nobody knows
     ) -> Iterator[Session]:  # in order of start, then id; streamed
         "Completed and approved sessions whose source has a position; `HeimdallError` for an id that is not among them."
         with self._reading() as connection:
@@ -505,16 +514,16 @@ class Catalog:
             network = _get_network(connection, network_name)
             wanted = None if ids is None else set(ids)
             if wanted:
-                present = connection.execute(_eligible([SESSIONS.c.session_name], key, approved).distinct()).scalars()
+                present = connection.execute(_eligible([SESSIONS.c.session_name], key, approved, located).distinct()).scalars()
                 missing = sorted(wanted - set(present))
                 if missing:
                     more = f' (and {len(missing) - 1} more)' if missing[1:] else ''
                     raise HeimdallError(f'dataset {name} has no approved session {missing[0]}{more}')
-        return self._stream(key, network, wanted, approved)
+        return self._stream(key, network, wanted, approved, located)
 
-    def _stream(self, dataset: uuid.UUID, network: Network, wanted: set[str] | None, approved: bool) -> Iterator[Session]:
+    def _stream(self, dataset: uuid.UUID, network: Network, wanted: set[str] | None, approved: bool, located: bool) -> Iterator[Session]:
         with self._reading() as connection:
-            yield from _read_sessions(connection, dataset, network, wanted, approved)
+            yield from _read_sessions(connection, dataset, network, wanted, approved, located)
 
     def add_model(
         self,

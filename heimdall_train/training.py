@@ -8,7 +8,7 @@ __all__ = ['Sessions', 'CrossFitted', 'MeanError', 'KeepBest', 'seed_everything'
 # %% ../nbs/70_training.ipynb #36a75758
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,34 +20,48 @@ with warnings.catch_warnings():  # fastai still compiles a few layers with torch
     from fastai.callback.schedule import fit_one_cycle  # noqa: F401  (adds the method to Learner)
 from torch import nn
 
-from .anchor import Fix, LevelAnchor
-from .features import CHANGED_SHARE, OUTLIER_DEVIATION, LevelData
+from .checkpoints import ResumableLearner, SessionLoader, StopWhereNotFinite
+from .dataset import TimedData
+from .features import LevelData
 from .loss import gaussian_nll
 from .metrics import variance_scale
-from .model import LocalizationNet, load_model, save_model
+from .model_files import Model, load_model, save_model
 from .network import HeimdallError
 
 # %% ../nbs/70_training.ipynb #fc0c5268
 class Sessions:
-    "Samples of level data for a DataLoader."
+    "Samples for a DataLoader."
 
     def __init__(
         self,
-        data: LevelData,  # the sessions
-        model: LocalizationNet,  # gives the frame
+        data: LevelData,  # the sessions; `TimedData` where delays are known
+        model: Model,  # gives the frame
         folds: np.ndarray | None = None,  # fold of each session; the final anchor where not given
     ):
-        self.heard = torch.from_numpy(data.heard.astype(np.float32))
-        self.levels = torch.from_numpy(np.nan_to_num(data.levels))
+        heard, levels = torch.from_numpy(data.heard.astype(np.float32)), torch.from_numpy(np.nan_to_num(data.levels))
+        self.maps = None
+        self.inputs: tuple[torch.Tensor, ...] = levels, heard
+        if isinstance(data, TimedData):
+            snr, delay = torch.from_numpy(np.nan_to_num(data.snr)), torch.from_numpy(data.delay.astype(np.float32))
+            self.maps, self.row = data.maps, data.row
+            self.inputs = torch.stack([levels, snr, delay, heard], dim=2), torch.from_numpy(data.timed.astype(np.float32))
         self.folds = torch.full((len(data),), -1) if folds is None else torch.from_numpy(folds)
         self.targets = torch.from_numpy(data.enu(model.frame).astype(np.float32))
         self.source_errors = torch.from_numpy(data.source_error.astype(np.float32))
 
     def __len__(self) -> int:
-        return len(self.levels)
+        return len(self.targets)
+
+    def take(
+        self,
+        row: int | slice,  # of the sessions
+    ) -> tuple[torch.Tensor, ...]:  # what the model takes
+        "Inputs of one session, or of several."
+        rest = tuple(values[row] for values in self.inputs)
+        return rest if self.maps is None else (torch.from_numpy(np.array(self.maps[self.row[row]])), *rest)
 
     def __getitem__(self, row: int):
-        return self.levels[row], self.heard[row], self.folds[row], self.targets[row], self.source_errors[row]
+        return *self.take(row), self.folds[row], self.targets[row], self.source_errors[row]
 
 # %% ../nbs/70_training.ipynb #422f292a
 class CrossFitted(nn.Module):
@@ -55,46 +69,37 @@ class CrossFitted(nn.Module):
 
     def __init__(
         self,
-        model: LocalizationNet,  # the network that is trained
-        anchors: list[LevelAnchor],  # one a fold
-        drop: float = 0.3,  # largest share of the receivers that is dropped from a session
+        model: Model,  # the network that is trained
+        anchors: Sequence[nn.Module],  # one a fold, like the model's own
         gain_drift: float = 0.0,  # dB; above 0, levels are changed as another campaign might
-        seed: int = 0,  # of what is dropped
+        seed: int = 0,  # of what is changed
     ):
         super().__init__()
-        self.model, self.drop, self.gain_drift = model, drop, gain_drift
+        self.model, self.gain_drift = model, gain_drift
         self.anchors = nn.ModuleList(anchors)
         self.generator = torch.Generator().manual_seed(seed)
 
     def forward(
         self,
-        levels: torch.Tensor,  # dB, 0 where not heard, shape (B, R)
-        heard: torch.Tensor,  # 1 where heard, shape (B, R)
-        fold: torch.Tensor,  # of each session; −1 = the final anchor, shape (B,)
+        *inputs: torch.Tensor,  # what the model takes, then the fold of each session; −1 = the final anchor, shape (B,)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position (B, 2) and covariance (B, 2, 2)
         "Correct the fix of each session's own anchor."
+        session, fold, working = inputs[:-1], inputs[-1], None
         if self.training:
-            if self.gain_drift:
-                changed = torch.rand(levels.shape, generator=self.generator) < CHANGED_SHARE
-                deviation = torch.where(changed, OUTLIER_DEVIATION, self.gain_drift)
-                levels = levels + deviation * torch.randn(levels.shape, generator=self.generator)
-            share = self.drop * torch.rand(len(heard), 1, generator=self.generator)
-            working = (torch.rand(heard.shape, generator=self.generator) >= share).float()
-            working = torch.where((heard * working).sum(dim=1, keepdim=True) >= 3, working, torch.ones_like(working))
-        else:
-            working = torch.ones_like(heard)
-        heard, levels = heard * working, levels * heard * working
-        return self.model.correct(levels, heard, self._fix(levels, heard, working, fold))
+            session, working = self.model.augment(session, self.gain_drift, self.generator)
+        return self.model.correct(session, self._fix(session, working, fold))
 
     @torch.no_grad()
-    def _fix(self, levels, heard, working, fold):
+    def _fix(self, session, working, fold):
         "Fixes of a batch, each from the anchor of its session's fold."
-        parts = []
-        for number, anchor in enumerate([*self.anchors, self.model.anchor]):
-            rows = torch.nonzero(fold == (number if number < len(self.anchors) else -1))[:, 0]
-            parts.append((rows, anchor(levels[rows], heard[rows], working[rows])))
-        order = torch.argsort(torch.cat([rows for rows, _ in parts]))
-        return Fix(*(torch.cat([getattr(fix, name) for _, fix in parts])[order] for name in Fix._fields))
+        parts, order = [], []
+        for number in fold.unique().tolist():
+            rows = torch.nonzero(fold == number)[:, 0]
+            anchor = self.model.anchor if number < 0 else self.anchors[number]
+            parts.append(self.model.locate(anchor, tuple(values[rows] for values in session), None if working is None else working[rows]))
+            order.append(rows)
+        place = torch.argsort(torch.cat(order))
+        return type(parts[0])(*(torch.cat(values)[place] for values in zip(*parts, strict=True)))
 
 # %% ../nbs/70_training.ipynb #18e16f4b
 class MeanError(Metric):
@@ -117,7 +122,7 @@ class MeanError(Metric):
 
 
 class KeepBest(Callback):
-    "Keep the model of the lowest validation loss; stop after `patience` epochs without a better one, and before a step with a loss that is not finite."
+    "Keep the model of the lowest validation loss; stop after `patience` epochs without a better one."
 
     order = 60  # after fastai's Recorder
 
@@ -129,12 +134,6 @@ class KeepBest(Callback):
     ):
         self.path, self.patience, self.progress = path, patience, progress
         self.best, self.best_epoch = float('inf'), -1
-
-    def after_loss(self):
-        if self.training and not torch.isfinite(self.learn.loss_grad):
-            raise HeimdallError(
-                f'the loss is not finite in epoch {self.epoch}, batch {self.iter}: stopped before the step; the best model is in {self.path}'
-            )
 
     def after_epoch(self):
         values = dict(
@@ -159,8 +158,8 @@ def seed_everything(
 
 
 def new_learner(
-    model: LocalizationNet,  # untrained
-    anchors: list[LevelAnchor],  # one a fold of the training sources
+    model: Model,  # untrained
+    anchors: Sequence[nn.Module],  # one a fold of the training sources
     training: LevelData,  # learnt from
     folds: np.ndarray,  # fold of each training session
     validation: LevelData,  # watched
@@ -168,21 +167,21 @@ def new_learner(
     seed: int = 0,  # of the order of the samples and of drop-out
     beta: float = 0.5,  # of the β-NLL
     gain_drift: float = 0.0,  # dB, deviation by which a receiver's gain may have changed since training
-) -> Learner:
+) -> ResumableLearner:
     "A fastai Learner for cross-fitted training."
     seed_everything(seed)
     loaders = DataLoaders(
-        DataLoader(Sessions(training, model, folds), bs=batch_size, shuffle=True, drop_last=len(training) > batch_size, num_workers=0),
+        SessionLoader(Sessions(training, model, folds), bs=batch_size, shuffle=True, drop_last=len(training) > batch_size, num_workers=0),
         DataLoader(Sessions(validation, model), bs=64, num_workers=0),
     )
-    loaders.n_inp = 3
-    network = CrossFitted(model, anchors, 0.9 if gain_drift else 0.3, gain_drift, seed)
+    loaders.n_inp = 4 if isinstance(training, TimedData) else 3
+    network = CrossFitted(model, anchors, gain_drift, seed)
 
     def loss(prediction, target, source_error):
         position, covariance = prediction
         return gaussian_nll(position, covariance, target, source_error, beta=beta if network.training else 0.0)
 
-    return Learner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01)
+    return ResumableLearner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01, cbs=[StopWhereNotFinite(training.ids)])
 
 
 def fit(
@@ -191,9 +190,9 @@ def fit(
     folder: str | Path,  # where the best state is kept
     learning_rate: float = 1e-3,  # highest of the cycle
     patience: int = 10,  # epochs without a better validation loss
-    callbacks: list[Callback] | None = None,  # further ones
+    callbacks: list[Callback] | None = None,  # further ones, such as a `Checkpoint`
     progress: Callable[[int, dict], None] | None = None,  # called with each epoch's number and values
-) -> LocalizationNet:  # the best state, not yet calibrated
+) -> Model:  # the best state, not yet calibrated
     "Train over one cycle and return the best state."
     best = Path(folder) / 'best.safetensors'
     keep = KeepBest(best, patience, progress)
@@ -208,26 +207,26 @@ def fit(
 
 # %% ../nbs/70_training.ipynb #b9c0684d
 def estimate(
-    model: LocalizationNet,  # the model
+    model: Model,  # the model
     data: LevelData,  # the sessions
 ) -> tuple[
     np.ndarray, np.ndarray, np.ndarray, np.ndarray
 ]:  # position (N, 2) in m and covariance (N, 2, 2) in m², of the model and of its anchor
     "The model's answers and its anchor's, as float64 arrays."
-    samples = Sessions(data, model)
+    samples, parts = Sessions(data, model), []
     with torch.inference_mode():
-        parts = [
-            (*model.eval()(levels, heard), *model.anchor(levels, heard)[:2])
-            for levels, heard in zip(samples.levels.split(64), samples.heard.split(64), strict=True)
-        ]
+        for start in range(0, len(samples), 64):
+            session = samples.take(slice(start, start + 64))
+            fix = model.eval().locate(model.anchor, session)
+            parts.append((*model.correct(session, fix), *fix[:2]))
     position, covariance, anchor_position, anchor_covariance = (torch.cat(values).double().numpy() for values in zip(*parts, strict=True))
     return position, covariance, anchor_position, anchor_covariance
 
 
 def finish(
-    model: LocalizationNet,  # trained; changed in place
+    model: Model,  # trained; changed in place
     validation: LevelData,  # sessions that the weights have not seen
-) -> LocalizationNet:  # the same model
+) -> Model:  # the same model
     "Round the weights to half precision and fit the variance scale."
     with torch.no_grad():
         for parameter in model.parameters():
