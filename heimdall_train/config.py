@@ -50,8 +50,11 @@ def make_config(
     **values: Any,  # fields of `Config`; None = not given
 ) -> Config:
     "A configuration; `HeimdallError` names the field that is unknown or out of range."
+    given = {name: value for name, value in values.items() if value is not None}
+    if 'scene' in given and {'catalog', 'dataset'} & set(given) and not given.get('resume'):
+        raise HeimdallError('sessions come from a catalog or from a scene: give --catalog and --dataset, or --scene')
     try:
-        return Config(**{name: value for name, value in values.items() if value is not None})
+        return Config(**given)
     except ValidationError as error:
         first = error.errors()[0]
         name = '.'.join(str(part) for part in first['loc'])

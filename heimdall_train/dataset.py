@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -167,7 +168,7 @@ class TimedData(LevelData):
 
 # %% ../nbs/40_dataset.ipynb #cdf99722
 _ARRAYS = ('snr', 'delay', 'timed', 'reference', 'levels', 'latitude', 'longitude', 'source_error')
-BATCH = 32  # sessions that are transformed together
+BATCH = 4  # sessions that are transformed together: more do not fit the processor's cache
 
 
 def features_digest(
@@ -175,9 +176,9 @@ def features_digest(
     parts: Iterable[object],  # what the features depend on; each has a `repr` that tells it
 ) -> str:  # hexadecimal
     "Digest of data, settings and the code that computes features."
-    from heimdall_train import iq_features
-
-    digest = hashlib.sha256(Path(iq_features.__file__).read_bytes())
+    digest = hashlib.sha256()
+    for name in ('geodesy', 'network', 'store', 'scene', 'simulation', 'recordings', 'iq_features', 'dataset'):
+        digest.update(Path(__file__).with_name(f'{name}.py').read_bytes() if '__file__' in globals() else name.encode())
     digest.update(json.dumps(network.to_dict()).encode())
     for part in parts:
         digest.update(repr(part).encode() + b'\n')
@@ -191,14 +192,22 @@ def cached_features(
     sessions: Callable[[], Iterable[Session]],  # called if there is no such cache: sessions with samples and sources
     count: int,  # how many sessions there will be at most
     progress: Callable[[int], None] | None = None,  # called with the number of sessions done
+    report: Callable[[str], None] = lambda line: None,  # called with what was left out when a cache was made, if it is used again
+    left_out: Sequence[str] = (),  # filled by `sessions` while it is read; kept with the cache
 ) -> TimedData:
     "Features of sessions, from the cache where it has them; `HeimdallError` where the disk is full or a session cannot be used."
     place = Path(folder) / key
+    for line in _lines_left_out(place):
+        report(line)
     if not (place / 'index.json').is_file():
         aside = Path(folder) / f'.{secrets.token_hex(8)}.part'
         try:
             aside.mkdir(parents=True)
+            for left in Path(folder).glob('.*.part'):  # of processes that were killed a day ago or earlier
+                if time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left, ignore_errors=True)
             _write_features(aside, network, sessions(), count, progress)
+            write_file(aside / 'left_out.json', json.dumps(list(left_out)).encode())
             try:
                 os.rename(aside, place)
             except OSError:
@@ -211,28 +220,29 @@ def cached_features(
     return _read_features(place, network)
 
 # %% ../nbs/40_dataset.ipynb #8bfe05a6
-def _write_features(folder: Path, network: Network, sessions: Iterable[Session], count: int, progress: Callable[[int], None] | None) -> None:
+def _write_features(folder: Path, network: Network, sessions: Iterable[Session], count: int, progress: Callable | None) -> None:
     "Compute features batch by batch into a folder; its index is written last."
     import torch
 
     from heimdall_train.iq_features import FeatureExtractor, stack_sessions
 
     remaining = iter(sessions)
-    maps = extractor = rate = None
+    maps: np.memmap | None = None
+    extractor: FeatureExtractor | None = None
     ids: list[str] = []
     columns: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
     while batch := list(islice(remaining, BATCH)):
         batch = [session for session in batch if session.recordings]
         if not batch:
             continue
-        inputs = stack_sessions(batch, network)
+        inputs = stack_sessions(batch, network, None if extractor is None else (extractor.sample_rate, extractor.samples))
         if extractor is None:
             rate = next(recording.sample_rate for session in batch for recording in session.recordings)
-            extractor = FeatureExtractor(rate, inputs[0].shape[-1])
+            extractor = FeatureExtractor(rate or 0.0, inputs[0].shape[-1])
         with torch.inference_mode():
             features = extractor(*inputs)
         if maps is None:
-            maps = np.lib.format.open_memmap(folder / 'maps.npy', 'w+', np.float16, (count, *features.maps.shape[1:]))
+            maps = _reserved(folder / 'maps.npy', (count, *features.maps.shape[1:]))
         maps[len(ids) : len(ids) + len(batch)] = features.maps.numpy()
         heard = features.scalars[:, :, 3].numpy() > 0
         columns['levels'].append(np.where(heard, features.scalars[:, :, 0].numpy(), np.nan).astype(np.float32))
@@ -247,12 +257,22 @@ def _write_features(folder: Path, network: Network, sessions: Iterable[Session],
         ids += [session.id for session in batch]
         if progress is not None:
             progress(len(ids))
-    if not ids:
+    if maps is None or extractor is None:
         raise HeimdallError('no session with a recording: ingest recordings or simulate a scene first')
     maps.flush()
     for name, values in columns.items():
         np.save(folder / f'{name}.npy', np.concatenate(values))
-    write_file(folder / 'index.json', json.dumps({'ids': ids, 'receivers': network.names, 'sample_rate': rate, 'samples': extractor.samples}).encode())
+    index = {'ids': ids, 'receivers': network.names, 'sample_rate': extractor.sample_rate, 'samples': extractor.samples}
+    write_file(folder / 'index.json', json.dumps(index).encode())
+
+
+def _reserved(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    "A mapped float16 array whose space on the disk is taken, so that a full disk is an error here and not a crash later."
+    values = np.lib.format.open_memmap(path, 'w+', np.float16, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(path, 'r+b') as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return values
 
 
 def _source(session: Session):
@@ -260,6 +280,14 @@ def _source(session: Session):
     if session.source is None:
         raise HeimdallError(f'session {session.id} has no source position: it cannot be trained or evaluated on')
     return session.source
+
+
+def _lines_left_out(folder: Path) -> list[str]:
+    "What was left out when a cache was made."
+    try:
+        return json.loads((folder / 'left_out.json').read_text())
+    except (OSError, ValueError):
+        return []
 
 
 def _read_features(folder: Path, network: Network) -> TimedData:
@@ -270,7 +298,8 @@ def _read_features(folder: Path, network: Network) -> TimedData:
         arrays |= {'ids': np.array(index['ids']), 'row': np.arange(len(index['ids'])), 'maps': np.load(folder / 'maps.npy', mmap_mode='r')}
         return TimedData(network=network, sample_rate=index['sample_rate'], samples=index['samples'], **arrays)
     except (OSError, EOFError, ValueError, KeyError) as error:
-        raise HeimdallError(f'{folder}: a damaged feature cache ({" ".join(str(error).split())}): delete this folder, it will be made again') from error
+        reason = ' '.join(str(error).split())
+        raise HeimdallError(f'{folder}: a damaged feature cache ({reason}): delete this folder, it will be made again') from error
 
 # %% ../nbs/40_dataset.ipynb #0b118839
 def with_samples(
@@ -279,17 +308,26 @@ def with_samples(
     report: Callable[[str], None],  # called with a line for each recording that is left out
     allow_rejects: bool = False,  # go on even where more than a fifth is left out
 ) -> Iterator[Session]:  # with samples in memory
-    "Read the samples of sessions from a store; `HeimdallError` at the end where more than a fifth cannot be read."
+    "Read samples from a store; the first usable recording says rate and length. `HeimdallError` at the end where more than a fifth cannot be used."
+    from heimdall_train.iq_features import usable_samples
+
     total = lost = 0
+    expected: tuple[float | None, int] | None = None
     for session in sessions:
         recordings = []
         for recording in session.recordings:
+            if recording.iq_uri is None:  # a level without samples
+                continue
             total += 1
             try:
-                recordings.append(replace(recording, iq=store.read_recording(recording.iq_uri or '')))
+                iq = usable_samples(store.read_recording(recording.iq_uri), 'it')
+                expected = expected or (recording.sample_rate, len(iq))
+                if (recording.sample_rate, len(iq)) != expected:
+                    raise HeimdallError(f'{len(iq)} samples at {recording.sample_rate} Hz, the first has {expected[1]} at {expected[0]} Hz')
+                recordings.append(replace(recording, iq=iq))
             except HeimdallError as error:
                 lost += 1
                 report(f'session {session.id}, receiver {recording.receiver} left out: {error}')
         yield replace(session, recordings=tuple(recordings))
     if lost > 0.2 * total and not allow_rejects:
-        raise HeimdallError(f'{lost} of {total} recordings cannot be read from the store {store.folder}: check it, or give --allow-rejects')
+        raise HeimdallError(f'{lost} of {total} recordings in the store {store.folder} cannot be used: check them, or give --allow-rejects')

@@ -166,9 +166,11 @@ def _store_as_half(proto) -> None:
         if initializer.data_type != TensorProto.FLOAT or np.prod(initializer.dims) < 1024:
             continue
         values = numpy_helper.to_array(initializer)
-        if np.array_equal(values.astype(np.float16).astype(np.float32), values):
+        with np.errstate(over='ignore'):
+            half = values.astype(np.float16)
+        if np.array_equal(half.astype(np.float32), values):
             name = initializer.name
-            initializer.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f'{name}_half'))
+            initializer.CopyFrom(numpy_helper.from_array(half, f'{name}_half'))
             casts.append(helper.make_node('Cast', [f'{name}_half'], [name], to=TensorProto.FLOAT))
     for cast in reversed(casts):
         proto.graph.node.insert(0, cast)
@@ -263,12 +265,18 @@ def _metadata(serialised: bytes) -> dict:
 def _sample(session, inputs: dict[str, np.ndarray]) -> dict[str, bytes]:
     "Files with a session and the graph's answer to it; samples of recordings as raw little-endian float32."
     answer = session.run(list(OUTPUTS), inputs)
-    files, values = {}, {name: np.where(np.isnan(value), None, value).tolist() for name, value in inputs.items() if name != 'iq'}
+    values: dict[str, object]
+    files, values = {}, {name: _plain(value) for name, value in inputs.items() if name != 'iq'}
     if 'iq' in inputs:
         files['sample.iq.f32'] = inputs['iq'].astype('<f4').tobytes()
         values['iq'] = {'file': 'sample.iq.f32', 'shape': list(inputs['iq'].shape)}
     values |= {name: value.tolist() for name, value in zip(OUTPUTS, answer, strict=True)}
     return {'sample.json': json.dumps(values, indent=1).encode(), **files}
+
+
+def _plain(values: np.ndarray) -> list:
+    "An array of two dimensions for JSON, which knows no NaN."
+    return [[None if np.isnan(value) else value for value in row] for row in values.tolist()]
 
 
 def read_sample(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FRAMES', 'BANDS', 'CELLS', 'MINIMUM_SNR', 'MAX_DELAY', 'MAX_FREQUENCY', 'WEIGHT_BANDS', 'TAPER', 'frame_layout',
            'FrameSpectra', 'MelBands', 'NoiseFloor', 'snr_db', 'take', 'time_axis', 'best_receiver', 'climb',
-           'AmbiguitySearch', 'coherent_weights', 'DelayRefinement', 'Features', 'FeatureExtractor', 'stack_sessions']
+           'AmbiguitySearch', 'coherent_weights', 'DelayRefinement', 'Features', 'FeatureExtractor', 'stack_sessions',
+           'usable_samples']
 
 # %% ../nbs/36_iq_features.ipynb #92344521
 import math
@@ -393,7 +394,7 @@ class DelayRefinement(nn.Module):
 class Features(NamedTuple):
     "What a model sees of B sessions at R receivers."
     maps: torch.Tensor  # log-mel levels in dB, real parts, imaginary parts of the coherence, float32, shape (B, 3R, 128, 32)
-    scalars: torch.Tensor  # level dB re full scale, SNR dB, delay s, heard; float32, shape (B, R, 4)
+    scalars: torch.Tensor  # level dB re full scale, SNR dB, delay s, heard; float64 (a float32 delay is 9 mm coarse), shape (B, R, 4)
     timed: torch.Tensor  # 1 where heard, disciplined and overlapping, float32, shape (B, R)
     frequency_offset: torch.Tensor  # Hz against the reference, float32, shape (B, R)
     reference: torch.Tensor  # timed receiver of highest SNR, int64, shape (B,)
@@ -463,13 +464,13 @@ class FeatureExtractor(nn.Module):
         partner = torch.where(timed, lag - later + take(later, reference), silence)
         rest = self.refinement(padded, reference, partner, frequency, weight)
         delay = (lag.double() + rest + fraction - take(fraction, reference)) / start_offset.new_tensor(self.sample_rate)
-        delay = torch.where(pair, delay.float(), zero)
+        delay = torch.where(pair, delay, torch.zeros_like(delay))
         frequency = torch.where(pair, frequency, zero)
         steer = torch.where(pair, lag + rest, zero)
 
         maps = self._maps(lines, cross_r, cross_i, steer, frequency, reference, pair, timed & is_reference, valid)
         level = torch.where(mask, 10 * torch.log10(power.clamp(min=1e-20)), zero)
-        return Features(maps, torch.stack([level, snr, delay, mask.float()], dim=2), timed.float(), frequency, reference)
+        return Features(maps, torch.stack([level.double(), snr.double(), delay, mask.double()], dim=2), timed.float(), frequency, reference)
 
     def _moved(self, padded: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
         "Recordings on the session's time axis, zeros where they have no samples."
@@ -502,20 +503,20 @@ class FeatureExtractor(nn.Module):
 def stack_sessions(
     sessions: Sequence[Session],  # with the samples of each recording in memory
     network: Network,  # gives the order of the receivers
+    expected: tuple[float, int] | None = None,  # rate and length that every recording must have; those of the first by default
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # iq, heard, start_offset, clock_error, as `FeatureExtractor` takes them
     """Arrays of sessions, 0 (clocks: NaN) where nothing was heard.
 
     `HeimdallError` for an unknown receiver and for samples that are missing, spoilt, or of another rate or length.
     """
     place = {name: row for row, name in enumerate(network.names)}
-    expected: tuple[float, int] | None = None
     found = []
     for row, session in enumerate(sessions):
         for recording in session.recordings:
             where = f'session {session.id}, receiver {recording.receiver}'
             if recording.receiver not in place:
                 raise HeimdallError(f'{where}: network {network.name} has no such receiver: add it to the network or drop the recording')
-            samples, rate = _samples(recording.iq, where), recording.sample_rate
+            samples, rate = usable_samples(recording.iq, where), recording.sample_rate
             if rate is None or not 0 < rate < float('inf'):
                 raise HeimdallError(f'{where}: a sample rate of {rate} is not possible: check the recording')
             expected = expected or (rate, len(samples))
@@ -539,7 +540,10 @@ def stack_sessions(
     return iq, heard, start_offset, clock_error
 
 
-def _samples(iq: np.ndarray | None, where: str) -> np.ndarray:
+def usable_samples(
+    iq: np.ndarray | None,  # as a recording holds it
+    where: str,  # the recording's name, for messages
+) -> np.ndarray:  # complex64, shape (T,)
     "Samples as complex64; `HeimdallError` where there are none or they hold nothing."
     if iq is None or iq.size == 0:
         raise HeimdallError(f'{where}: no samples in memory: read them from the store first')

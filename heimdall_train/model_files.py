@@ -56,8 +56,10 @@ def load_model(
         network, frame = Network.from_dict(header['network']), Frame(**header['frame'])
         model: Model
         if header['kind'] == 'timed':
+            rate, samples = header['recording']
             statistics = TimedStatistics(*(tensors[name] for name in TimedStatistics._fields))
-            model = TimedNet(network, frame, _tdoa_anchor(tensors, 'anchor.'), _level_anchor(tensors, 'level_anchor.'), statistics, *header['recording'], header['width'])
+            anchors = _tdoa_anchor(tensors, 'anchor.'), _level_anchor(tensors, 'level_anchor.')
+            model = TimedNet(network, frame, *anchors, statistics, rate, samples, header['width'])
         else:
             of_levels = LevelStatistics(tensors['level_mean'].numpy(), tensors['level_deviation'].numpy())
             model = LocalizationNet(network, frame, _level_anchor(tensors, 'anchor.'), of_levels, header['width'])
@@ -71,7 +73,8 @@ def load_model(
 
 def _level_anchor(tensors: dict[str, torch.Tensor], prefix: str) -> LevelAnchor:
     "A level anchor from its tensors."
-    return LevelAnchor(*(tensors[prefix + name] for name in ('grid', 'mean', 'variance', 'hearing', 'known')))
+    grid, mean, variance, hearing, known = (tensors[prefix + name] for name in ('grid', 'mean', 'variance', 'hearing', 'known'))
+    return LevelAnchor(grid, mean, variance, hearing, known)
 
 
 def _tdoa_anchor(tensors: dict[str, torch.Tensor], prefix: str) -> TdoaAnchor:

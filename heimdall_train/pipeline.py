@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from .catalog import Catalog
 from .config import Config, make_config
-from .data import graph_inputs, ingest, read_data, scene_bound, scene_split, write_scene_table
+from .data import as_levels, graph_inputs, ingest, read_data, scene_bound, scene_split, write_scene_table  # noqa: F401  (ingest, write_scene_table: for who calls the pipeline)
 from .dataset import Split, TimedData, block_folds, make_split
 from .features import LevelData, drift, level_statistics
 from .ingest import check_share, read_levels_to_locate, read_split_file
@@ -84,7 +84,7 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     training, validation = data.take(data.rows(split.train)), data.take(data.rows(split.validation))
     frame, started = _frame(data, split.test), time.perf_counter()
     folds = block_folds(training.enu(frame), BLOCK_M, FOLDS, config.seed)
-    prepare = _prepare_timed if isinstance(data, TimedData) else _prepare_levels
+    prepare: Any = _prepare_timed if isinstance(data, TimedData) else _prepare_levels
     model, anchors, validation, settings, refit = prepare(config, training, validation, frame, folds, say)
 
     def epoch_ended(epoch: int, values: dict) -> None:
@@ -164,7 +164,7 @@ def _prepare_timed(config: Config, training: TimedData, validation: TimedData, f
     import torch
 
     from heimdall_train.anchor import choose_kriging, fit_level_anchor, position_grid
-    from heimdall_train.tdoa import ExcessKriging, ExcessSurvey, TdoaAnchor, cross_fit_tdoa, fit_excess_maps
+    from heimdall_train.tdoa import DelayNoise, ExcessKriging, ExcessSurvey, TdoaAnchor, cross_fit_tdoa, fit_excess_maps
     from heimdall_train.timed_model import TimedNet, timed_statistics
 
     started, network = time.perf_counter(), training.network
@@ -180,21 +180,22 @@ def _prepare_timed(config: Config, training: TimedData, validation: TimedData, f
 
     def excess_maps(sources: TimedData, chosen: ExcessKriging | None = None):
         survey = ExcessSurvey(
-            sources.enu(frame), sources.delay, sources.snr, sources.timed, receivers, source_height=height, source_error=sources.source_error
+            sources.enu(frame), sources.delay, sources.snr, sources.timed, receivers, noise, height, sources.source_error
         )
         return fit_excess_maps(survey, chosen)
 
+    noise = DelayNoise(bandwidth=training.sample_rate, duration=training.samples / training.sample_rate)
     maps = excess_maps(training)
     anchors = cross_fit_tdoa(
-        training.enu(frame), training.delay, training.snr, training.timed, receivers, folds,
+        training.enu(frame), training.delay, training.snr, training.timed, receivers, folds, noise,
         source_height=height, source_error=training.source_error, kriging=maps.kriging,
     )  # fmt: skip
 
     def refit(model, sources: TimedData) -> None:
-        model.anchor = TdoaAnchor(receivers, excess_maps(sources, maps.kriging), source_height=height)
+        model.anchor = TdoaAnchor(receivers, excess_maps(sources, maps.kriging), noise, height)
         model.level_anchor = of_levels(sources)
 
-    anchor = TdoaAnchor(receivers, maps, source_height=height)
+    anchor = TdoaAnchor(receivers, maps, noise, height)
     say(
         f'maps of the excess path of {int(maps.known.sum())} receivers kriged: {maps.kriging.deviation:.0f} m over {maps.kriging.length:.0f} m '
         f'({time.perf_counter() - started:.0f} s)'
@@ -219,14 +220,17 @@ def _split(config: Config, data: LevelData) -> Split:
     split = make_split(data, _frame(data, test_ids), test_ids, validation_ids, config.seed, BLOCK_M)
     if not isinstance(data, TimedData):
         return split
-    timed = data.timed.sum(axis=1) >= 3
+    placed = ~np.isnan(data.network.positions_enu(_frame(data, test_ids))).any(axis=1)
+    timed = (data.timed & placed).sum(axis=1) >= 3
     few = {identifier for part in (split.train, split.validation) for identifier in part if not timed[data.rows([identifier])[0]]}
-    return Split(
+    split = Split(
         [identifier for identifier in split.train if identifier not in few],
         [identifier for identifier in split.validation if identifier not in few],
         split.test,
         {**split.set_aside, **{identifier: 'fewer than three receivers with a disciplined clock heard it' for identifier in sorted(few)}},
     )
+    split.check(data)
+    return split
 
 
 def _identity(config: Config, data: LevelData, split: Split) -> dict:
@@ -242,6 +246,8 @@ def _as_begun(config: Config) -> Config:
         kept = yaml.safe_load((config.out / 'config.yaml').read_text())
     except (OSError, yaml.YAMLError) as error:
         raise HeimdallError(f'{config.out}: no run to go on with ({type(error).__name__} for config.yaml): leave out --resume') from error
+    if not isinstance(kept, dict):
+        raise HeimdallError(f'{config.out / "config.yaml"} is damaged: leave out --resume')
     given = {name: getattr(config, name) for name in config.model_fields_set}
     return make_config(**{**{name: value for name, value in kept.items() if '…' not in str(value)}, **given})
 
@@ -277,9 +283,12 @@ def _of_run(config: Config) -> Config:
         kept = yaml.safe_load((folder / 'config.yaml').read_text())
     except (OSError, yaml.YAMLError) as error:
         raise HeimdallError(f'{folder}: no run here ({type(error).__name__} for config.yaml): train first, or give --model') from error
-    names = ('catalog', 'store', 'dataset', 'scene', 'cache', 'seed', 'tracking')
-    return config.model_copy(update={name: kept[name] for name in names
-                                     if name not in config.model_fields_set and kept.get(name) is not None and '…' not in str(kept[name])})
+    names = ('catalog', 'store', 'dataset', 'cache', 'tracking')
+    given = {name for name in names if name in config.model_fields_set}
+    if kept.get('scene') is not None and given & {'catalog', 'dataset'}:
+        raise HeimdallError(f'{folder}: this run simulated its sessions (scene {kept["scene"]}): leave out --catalog and --dataset')
+    update = {name: kept[name] for name in names if name not in given and kept.get(name) is not None and '…' not in str(kept[name])}
+    return config.model_copy(update={**update, 'scene': kept.get('scene'), 'seed': kept['seed']})  # its sessions, and no others
 
 
 def _read_run(folder: Path) -> tuple[Split, dict]:
@@ -308,6 +317,7 @@ def evaluate(
     data = read_data(config, say)
     if data.network.names != model.network.names:
         raise HeimdallError(f'{folder}: the model knows other receivers than network {data.network.name} of the catalog: train again')
+    data = _fitting(model, data, folder)
     test_ids = split.test if config.test_sessions is None else read_split_file(config.test_sessions, data.ids.tolist())
     test = _refuse_known(data, split, test_ids)
     truth = test.enu(model.frame)
@@ -336,6 +346,18 @@ def evaluate(
     _write_report(folder, config, data, model, truth, answers, results, evaluation)
     _track_evaluation(config, folder, metrics, evaluation)
     return evaluation
+
+
+def _fitting(model: 'Model', data: LevelData, folder: Path) -> LevelData:
+    "The data as the model takes them; `HeimdallError` where they have no delays, or those of other recordings."
+    if not hasattr(model, 'samples'):
+        return as_levels(data)
+    if not isinstance(data, TimedData):
+        raise HeimdallError(f'{folder}: the model takes recordings with a common clock, and too few sessions of the dataset have that: train again')
+    if (data.sample_rate, data.samples) != (model.sample_rate, model.samples):
+        there = f'{data.samples} samples at {data.sample_rate:g} Hz'
+        raise HeimdallError(f'{folder}: the model takes {model.samples} samples at {model.sample_rate:g} Hz, the dataset has {there}: train again')
+    return data
 
 
 def _refuse_known(data: LevelData, split: Split, test_ids) -> LevelData:
@@ -457,7 +479,8 @@ def export(
     config = _of_run(config)
     folder = config.model_path
     split, metrics = _read_run(folder)
-    model, data = load_model(folder / 'model.safetensors'), read_data(config, say)
+    model = load_model(folder / 'model.safetensors')
+    data = _fitting(model, read_data(config, say), folder)
     table = folder / 'evaluation.parquet'
     evaluation = metrics.get('evaluation')
     description = {
@@ -535,7 +558,7 @@ def predict(
         for row, session in enumerate(sessions):
             for recording in session.recordings:
                 levels[row, network.names.index(recording.receiver)] = recording.level_db
-        batches = [level_inputs(levels[start : start + 64]) for start in range(0, len(levels), 64)]
+        batches = iter([level_inputs(levels[start : start + 64]) for start in range(0, len(levels), 64)])
     else:
         sessions, rejects = _recordings_to_locate(table, located, config.allow_rejects)
         batches = (_recorded_inputs(sessions[start : start + 16], network) for start in range(0, len(sessions), 16))
@@ -573,7 +596,10 @@ def _recordings_to_locate(table: str | Path, located: '_Located', allow_rejects:
     "Sessions of a manifest that fit the model; their samples stay on the disk. `HeimdallError` where more than a fifth is set aside."
     from heimdall_train.ingest_recordings import FileReject, inspect_iq, read_recordings
 
-    _, sessions, rejects = read_recordings(table, located.network)
+    try:
+        _, sessions, rejects = read_recordings(table, located.network)
+    except HeimdallError as error:
+        raise HeimdallError(f'this model takes recordings, with a manifest: {error}') from error
     fitting, rejects = [], list(rejects)
     for session in sessions:
         kept = []

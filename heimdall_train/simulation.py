@@ -14,7 +14,7 @@ import numpy as np
 
 from .geodesy import SPEED_OF_LIGHT, geodetic_to_ecef, ranges
 from .network import HeimdallError, Network
-from .scene import PARTS, Clock, Radio, Scene, World, along_road, load_scene, look_up, scene_world
+from .scene import PARTS, Clock, Radio, Scene, World, along_road, look_up, scene_world
 from .store import Recording, Session, Source
 
 # %% ../nbs/25_simulation.ipynb #d3d48b5c

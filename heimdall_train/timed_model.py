@@ -102,7 +102,7 @@ class TimedNet(nn.Module):
     def forward(
         self,
         maps: torch.Tensor,  # log-mel levels in dB, then real and imaginary parts of the coherence, shape (B, 3R, 128, 32)
-        scalars: torch.Tensor,  # level in dB, SNR in dB, delay in s, heard; shape (B, R, 4)
+        scalars: torch.Tensor,  # level in dB, SNR in dB, delay in s, heard; float64, shape (B, R, 4)
         timed: torch.Tensor,  # 1 where heard with a disciplined clock, shape (B, R)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
         "Position and calibrated covariance."
@@ -133,9 +133,10 @@ class TimedNet(nn.Module):
     ) -> TimedFix:
         "The anchor's fix, or the level posterior's where too few receivers were timed."
         _, scalars, timed = inputs
+        timed = timed * anchor.known.float()  # a receiver without a position or a map does not count
         level, snr, delay, heard = scalars.unbind(dim=2)
         fix = anchor(delay, snr, timed)
-        of_levels = self.level_anchor(level, heard, working)
+        of_levels = self.level_anchor(level.float(), heard.float(), working)
         enough = timed.sum(dim=1) >= MINIMUM_TIMED
         return TimedFix(
             torch.where(enough[:, None], fix.position.float(), of_levels.position),
@@ -151,12 +152,13 @@ class TimedNet(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
         "Correct a given fix."
         maps, scalars, timed = inputs
-        receivers, heard = len(self.network), scalars[:, :, 3]
+        timed = timed * self.anchor.known.float()
+        receivers, heard = len(self.network), scalars[:, :, 3].float()
         levels = (maps[:, :receivers].float() - self.map_mean[:, None, None]) / self.map_deviation[:, None, None] * heard[:, :, None, None]
         coherence = maps[:, receivers:].float() * torch.cat([timed, timed], dim=1)[:, :, None, None]
         seen = self.narrowed(self.backbone(torch.cat([levels, coherence], dim=1)))
         factor = cholesky_2x2(fix.covariance + torch.eye(2))  # one metre more, so that no fix is beyond doubt
-        snr = (scalars[:, :, 1] - self.snr_mean) / self.snr_deviation * heard
+        snr = (scalars[:, :, 1].float() - self.snr_mean) / self.snr_deviation * heard
         features = torch.cat(
             [seen, snr, heard, timed, torch.asinh(fix.residual / 100), fix.weight, describe_fix(fix.position, factor, self.extent)], dim=1
         )
@@ -172,10 +174,10 @@ class TimedNet(nn.Module):
         "The session as it might have been: some receivers missing (the reference stays, to which everything is relative), gains changed."
         maps, scalars, timed = inputs
         receivers, heard = len(self.network), scalars[:, :, 3]
-        reference = timed * (scalars[:, :, 2] == 0)
+        reference = timed * (scalars[:, :, 2] == 0).float()
         share = 0.3 * torch.rand(len(heard), 1, generator=generator)
         working = torch.maximum((torch.rand(heard.shape, generator=generator) >= share).float(), reference)
-        working = torch.where((timed * working).sum(dim=1, keepdim=True) >= MINIMUM_TIMED, working, torch.ones_like(working))
+        working = torch.where((timed * self.anchor.known.float() * working).sum(dim=1, keepdim=True) >= MINIMUM_TIMED, working, torch.ones_like(working))
         change = gain_drift * torch.randn(heard.shape, generator=generator)
         maps = torch.cat([maps[:, :receivers].float() + change[:, :, None, None], maps[:, receivers:].float()], dim=1)
         scalars = torch.cat([scalars[:, :, :1] + change[:, :, None], scalars[:, :, 1:]], dim=2) * working[:, :, None]

@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ class Sessions:
         self.maps = None
         self.inputs: tuple[torch.Tensor, ...] = levels, heard
         if isinstance(data, TimedData):
-            snr, delay = torch.from_numpy(np.nan_to_num(data.snr)), torch.from_numpy(data.delay.astype(np.float32))
+            scalars = np.stack([np.nan_to_num(data.levels), np.nan_to_num(data.snr), data.delay, data.heard], axis=2)
             self.maps, self.row = data.maps, data.row
-            self.inputs = torch.stack([levels, snr, delay, heard], dim=2), torch.from_numpy(data.timed.astype(np.float32))
+            self.inputs = torch.from_numpy(scalars), torch.from_numpy(data.timed.astype(np.float32))
         self.folds = torch.full((len(data),), -1) if folds is None else torch.from_numpy(folds)
         self.targets = torch.from_numpy(data.enu(model.frame).astype(np.float32))
         self.source_errors = torch.from_numpy(data.source_error.astype(np.float32))
@@ -95,7 +96,7 @@ class CrossFitted(nn.Module):
         parts, order = [], []
         for number in fold.unique().tolist():
             rows = torch.nonzero(fold == number)[:, 0]
-            anchor = self.model.anchor if number < 0 else self.anchors[number]
+            anchor: Any = self.model.anchor if number < 0 else self.anchors[number]  # of the model's kind
             parts.append(self.model.locate(anchor, tuple(values[rows] for values in session), None if working is None else working[rows]))
             order.append(rows)
         place = torch.argsort(torch.cat(order))
@@ -181,7 +182,7 @@ def new_learner(
         position, covariance = prediction
         return gaussian_nll(position, covariance, target, source_error, beta=beta if network.training else 0.0)
 
-    return ResumableLearner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01, cbs=[StopWhereNotFinite(training.ids)])
+    return ResumableLearner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01, cbs=[StopWhereNotFinite(training.ids.tolist())])
 
 
 def fit(
@@ -214,11 +215,12 @@ def estimate(
 ]:  # position (N, 2) in m and covariance (N, 2, 2) in m², of the model and of its anchor
     "The model's answers and its anchor's, as float64 arrays."
     samples, parts = Sessions(data, model), []
+    answering: Any = model.eval()  # its own anchor is of its kind
     with torch.inference_mode():
         for start in range(0, len(samples), 64):
             session = samples.take(slice(start, start + 64))
-            fix = model.eval().locate(model.anchor, session)
-            parts.append((*model.correct(session, fix), *fix[:2]))
+            fix = answering.locate(model.anchor, session)
+            parts.append((*answering.correct(session, fix), *fix[:2]))
     position, covariance, anchor_position, anchor_covariance = (torch.cat(values).double().numpy() for values in zip(*parts, strict=True))
     return position, covariance, anchor_position, anchor_covariance
 

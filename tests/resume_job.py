@@ -10,7 +10,7 @@ from torch import nn
 
 from heimdall_train import model as model_module
 from heimdall_train.anchor import Kriging, LevelAnchor, cross_fit, fit_level_anchor, position_grid
-from heimdall_train.checkpoints import Checkpoint, ResumableLearner, SessionLoader, StopWhereNotFinite, load_latest
+from heimdall_train.checkpoints import Checkpoint, ResumableLearner, load_latest
 from heimdall_train.dataset import block_folds
 from heimdall_train.features import LevelData, level_data, level_statistics
 from heimdall_train.model import LocalizationNet
@@ -67,7 +67,7 @@ def train(job: Job, folder: Path, resume: bool = False, workers: int = 0, callba
         if poison is not None:
             learner.dls.train_ds.targets[poison] = float('nan')
         fit(learner, EPOCHS, folder / 'checkpoints', callbacks=[
-            *callbacks, StopWhereNotFinite(job.training.ids), Checkpoint(folder / 'checkpoints', identity, saved, say=say, advice='go on with --resume')])
+            *callbacks, Checkpoint(folder / 'checkpoints', identity, saved, say=say, advice='go on with --resume')])
     except HeimdallError as error:
         say(str(error))
         sys.exit(2)
@@ -86,7 +86,6 @@ def build(job: Job, seed: int, workers: int) -> ResumableLearner:
     network = job.training.network
     model = LocalizationNet(network, network.frame(), job.anchor, level_statistics(job.training.levels))
     learner = new_learner(model, job.anchors, job.training, job.folds, job.validation, batch_size=8, seed=seed)
-    learner.__class__, learner.dls.train.__class__ = ResumableLearner, SessionLoader  # until new_learner makes them
     for loader in learner.dls.loaders:
         loader.fake_l.num_workers = workers
     return learner

@@ -31,16 +31,18 @@ SESSIONS = {'train': 120, 'validation': 40, 'test': 40}
 
 # What other people's scripts may rely on: a change here is a change of the interface, and belongs into CHANGELOG.md.
 OPTIONS = {
-    'demo': ['--debug', '--epochs', '--json', '--out', '--seed'],
+    'demo': ['--debug', '--epochs', '--json', '--out', '--scene', '--seed'],
     'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
     'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],
     'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
+    'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--store'],
     'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
-    'train': ['--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--seed', '--test-sessions',
-              '--tracking'],
+    'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
+    'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--resume',
+              '--scene', '--seed', '--store', '--test-sessions', '--tracking', '--validation-sessions'],
 }
-FIELDS = ['allow_rejects', 'batch_size', 'catalog', 'dataset', 'epochs', 'gain_drift', 'learning_rate', 'model', 'out', 'seed', 'store',
-          'test_sessions', 'tracking', 'validation_sessions']
+FIELDS = ['allow_rejects', 'batch_size', 'cache', 'catalog', 'dataset', 'epochs', 'gain_drift', 'learning_rate', 'model', 'out', 'resume',
+          'scene', 'seed', 'store', 'test_sessions', 'tracking', 'validation_sessions']
 
 
 def commands(command, name: str = '') -> Iterator[tuple[str, list[str]]]:
@@ -63,7 +65,7 @@ def test_fields_are_frozen():
 
 def test_options_are_fields():
     options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
-    assert options - {'json', 'debug'} <= set(FIELDS)
+    assert options - {'json', 'debug', 'sessions', 'network'} <= set(FIELDS)
 
 
 def call(*arguments: object):
