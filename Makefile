@@ -14,7 +14,7 @@ help: ## list the targets
 environment: ## make .venv, from what settings.ini requires
 	@tools/environment
 
-demo: environment ## simulate a test bed, train, evaluate, export: minutes on two cores
+demo: environment ## simulate recordings, train, evaluate, export: minutes on two cores
 	heimdall-train demo
 
 test: environment ## run every notebook, then every test against the exported package, with coverage

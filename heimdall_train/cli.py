@@ -374,7 +374,7 @@ def demo(
         'heimdall-train simulate demo-v1 --sessions 200',
         'heimdall-train ingest levels YOUR/levels.csv',
         f'mlflow ui --backend-store-uri sqlite:///{folder.parent / "mlflow.db"}',
-        'jupyter lab nbs/tutorials/levels.ipynb',
+        'jupyter lab nbs/tutorials/recordings.ipynb',
     )
 
 
