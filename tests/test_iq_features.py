@@ -145,7 +145,7 @@ def test_gain_moves_levels_and_nothing_else(extractor):
     generator = np.random.default_rng(6)
     iq, _ = received(generator, np.array([20.0, 12.0, 5.0]), [0.0, 1e-4, 2e-4])
     plain, louder = extract(extractor, iq[None]), extract(extractor, 10 * iq[None])
-    assert torch.allclose(louder.scalars - plain.scalars, torch.tensor([20.0, 0, 0, 0]), atol=2e-4)
+    assert torch.allclose(louder.scalars - plain.scalars, torch.tensor([20.0, 0, 0, 0], dtype=torch.float64), atol=2e-4)
     assert torch.allclose(louder.maps[:, :3] - plain.maps[:, :3], torch.tensor(20.0), atol=1e-3)
     assert torch.allclose(louder.maps[:, 3:], plain.maps[:, 3:], atol=1e-3)
 
