@@ -31,6 +31,7 @@ def serve() -> None:
 
 def train_as_ordered(job, order: dict) -> None:
     "Train; what is to be killed kills itself at its place."
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     import resource
 
     from fastai.basics import Callback
