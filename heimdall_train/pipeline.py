@@ -20,7 +20,7 @@ import yaml
 from .catalog import Catalog
 from .config import Config, make_config
 from .data import as_levels, graph_inputs, ingest, read_data, scene_bound, scene_split, write_scene_table  # noqa: F401  (ingest, write_scene_table: for who calls the pipeline)
-from .dataset import Split, TimedData, block_folds, make_split
+from .dataset import MINIMUM_TIMED, Split, TimedData, block_folds, make_split
 from .features import LevelData, drift, level_statistics
 from .ingest import check_share, read_levels_to_locate, read_split_file
 from .metrics import Evaluation, PositionMetrics, evaluate_positions, mahalanobis_squared, markdown_table
@@ -221,7 +221,7 @@ def _split(config: Config, data: LevelData) -> Split:
     if not isinstance(data, TimedData):
         return split
     placed = ~np.isnan(data.network.positions_enu(_frame(data, test_ids))).any(axis=1)
-    timed = (data.timed & placed).sum(axis=1) >= 3
+    timed = (data.timed & placed).sum(axis=1) >= MINIMUM_TIMED
     few = {identifier for part in (split.train, split.validation) for identifier in part if not timed[data.rows([identifier])[0]]}
     split = Split(
         [identifier for identifier in split.train if identifier not in few],
@@ -287,8 +287,12 @@ def _of_run(config: Config) -> Config:
     given = {name for name in names if name in config.model_fields_set}
     if kept.get('scene') is not None and given & {'catalog', 'dataset'}:
         raise HeimdallError(f'{folder}: this run simulated its sessions (scene {kept["scene"]}): leave out --catalog and --dataset')
+    if kept.get('scene') is not None and 'seed' in config.model_fields_set and config.seed != kept['seed']:
+        raise HeimdallError(f'{folder}: this run simulated its sessions with seed {kept["seed"]}, another seed gives others: leave out --seed')
     update = {name: kept[name] for name in names if name not in given and kept.get(name) is not None and '…' not in str(kept[name])}
-    return config.model_copy(update={**update, 'scene': kept.get('scene'), 'seed': kept['seed']})  # its sessions, and no others
+    if 'seed' not in config.model_fields_set:
+        update['seed'] = kept['seed']
+    return config.model_copy(update={**update, 'scene': kept.get('scene')})  # its sessions, and no others
 
 
 def _read_run(folder: Path) -> tuple[Split, dict]:
@@ -587,7 +591,7 @@ def _note(heard: int, timed: int) -> str:
     "What a reader should know about an answer; nothing where all is well."
     if heard < 3:
         return f'heard by {heard} receivers that the model knows; three are needed for a position worth the name'
-    if timed < 3:
+    if timed < MINIMUM_TIMED:
         return f'{timed} receivers with a disciplined clock; three are needed for time differences: located by levels'
     return ''
 
@@ -619,8 +623,8 @@ def _recordings_to_locate(table: str | Path, located: '_Located', allow_rejects:
 
 def _recorded_inputs(sessions: list[Session], network: Network) -> dict[str, np.ndarray]:
     "Sessions with samples on the disk, as the graph takes them."
+    from heimdall_train.export import recording_inputs
     from heimdall_train.ingest_recordings import read_iq
-    from heimdall_train.iq_features import stack_sessions
 
     loaded = [
         replace(
@@ -629,8 +633,7 @@ def _recorded_inputs(sessions: list[Session], network: Network) -> dict[str, np.
         )
         for session in sessions
     ]
-    names = ('iq', 'heard', 'start_offset', 'clock_error')
-    return {name: value.numpy() for name, value in zip(names, stack_sessions(loaded, network), strict=True)}
+    return recording_inputs(loaded, network)
 
 # %% ../nbs/90_pipeline.ipynb #0bd95483
 class _Located(NamedTuple):

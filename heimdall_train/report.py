@@ -169,7 +169,8 @@ def _compared(evaluation: Evaluation) -> list[str]:
     sentences = []
     for name, mean in opponents.items():
         gain = 1 - evaluation.model.mean_m / mean if mean > 0 else 0.0
-        sentences.append(f'Its mean error is {abs(gain):.1%} {"lower" if gain >= 0 else "higher"} than that of {name}.')
+        relation = 'the same as' if abs(gain) < 5e-4 else f'{abs(gain):.1%} {"lower" if gain > 0 else "higher"} than'
+        sentences.append(f'Its mean error is {relation} that of {name}.')
     return sentences
 
 
@@ -206,7 +207,7 @@ def report_markdown(
     found = [f'On {evaluation.n} test sessions the model is {model.mean_m:.0f} m off on average; half of its errors are below '
              f'{model.median_m:.0f} m and one in ten above {model.p90_m:.0f} m.', *_compared(evaluation), *_verdict(evaluation)]
     if evaluation.bound_rmse_m is not None and model.rmse_m > 0:
-        found.append(f'No method can have an RMSE below {evaluation.bound_rmse_m:.0f} m; '
+        found.append(f'No unbiased fix from time differences can have an RMSE below {evaluation.bound_rmse_m:.0f} m, excess paths known; '
                      f'the efficiency, that bound over the RMSE, is {evaluation.bound_rmse_m / model.rmse_m:.0%}.')
     sections = ['# Evaluation', f'Split `{evaluation.split}`, data `{evaluation.dataset_digest}`.', ' '.join(found),
                 '## Errors', markdown_table(evaluation)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EARTH_RADIUS', 'START_CELLS', 'START_MARGIN', 'STARTS', 'START_DISTANCE', 'ITERATIONS', 'WIDENED', 'FREEDOM',
-           'EXCLUDED_COST', 'NEIGHBOURS', 'OUTLIER_SQUARE', 'MINIMUM_TIMED', 'SWEEPS', 'PITCHES', 'MAP_CELLS',
+           'EXCLUDED_COST', 'NEIGHBOURS', 'OUTLIER_SQUARE', 'MINIMUM_PLACES', 'SWEEPS', 'PITCHES', 'MAP_CELLS',
            'DelayNoise', 'delay_variance', 'ExcessKriging', 'ExcessMaps', 'constant_maps', 'TdoaFix', 'Linearisation',
            'TdoaAnchor', 'Neighbourhood', 'excess_covariance', 'neighbourhoods', 'ExcessSurvey',
            'choose_excess_kriging', 'fit_excess_maps', 'fit_tdoa_anchor', 'cross_fit_tdoa']
@@ -460,7 +460,7 @@ class ExcessSurvey:
         self.place = np.unique(np.floor(positions / side).astype(int), axis=0, return_inverse=True)[1].reshape(-1)
         count = np.bincount(self.place)
         self.places = np.stack([np.bincount(self.place, positions[:, axis]) / count for axis in range(2)], axis=1)
-        self.known = np.array([len(np.unique(self.place[heard])) >= MINIMUM_TIMED for heard in self.timed.T])
+        self.known = np.array([len(np.unique(self.place[heard])) >= MINIMUM_PLACES for heard in self.timed.T])
 
     def partial(
         self,
@@ -495,7 +495,7 @@ class ExcessSurvey:
         return numbers, np.bincount(place, weight * observed[rows, receiver]) / total, 1 / total
 
 
-MINIMUM_TIMED = 10  # places that a receiver must have timed to get a map
+MINIMUM_PLACES = 10  # places that a receiver must have timed to get a map
 
 # %% ../nbs/46_tdoa.ipynb #9ab645ab
 def choose_excess_kriging(
@@ -550,7 +550,7 @@ def fit_excess_maps(
     "Krige a map of the excess path for each receiver; `HeimdallError` where fewer than three were timed often enough."
     if survey.known.sum() < 3:
         raise HeimdallError(
-            f'{survey.known.sum()} receivers were timed at {MINIMUM_TIMED} places or more; three are needed: ingest more sessions with disciplined clocks'
+            f'{survey.known.sum()} receivers were timed at {MINIMUM_PLACES} places or more; three are needed: ingest more sessions with disciplined clocks'
         )
     settings = kriging or _first_guess(survey)
     excess, variance = np.zeros_like(survey.departure), np.full_like(survey.departure, settings.deviation**2)
