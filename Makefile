@@ -17,9 +17,10 @@ environment: ## make .venv, from what settings.ini requires
 demo: environment ## simulate recordings, train, evaluate, export: minutes on two cores
 	heimdall-train demo
 
+test: export OMP_NUM_THREADS := 1
 test: environment ## run every notebook, then every test against the exported package, with coverage
 	nbdev-test
-	pytest --cov=heimdall_train --cov-report=term --cov-fail-under=85
+	pytest -n auto --maxprocesses 4 --dist loadgroup --cov=heimdall_train --cov-report=term --cov-fail-under=85
 
 docs: environment ## build the site into _docs/ and check it
 	python tools/docs

@@ -24,6 +24,8 @@ class Config(BaseSettings):
     store: str = Field('runs/store', description='store of recordings and tables: a folder')
     dataset: str | None = Field(None, description='dataset in the catalog; may be left out where there is only one')
     scene: str | None = Field(None, description='scene that is simulated on the way, in place of a catalog: a name or a YAML file')
+    scene_seed: int | None = Field(None, ge=0, description='of what is persistent in a scene: another one makes a sibling')
+    test_seed: int | None = Field(None, ge=0, description="of a scene's test sources")
     cache: Path = Field(Path('runs/features'), description='folder that keeps the features of recordings')
     out: Path = Field(Path('runs/train'), description='run folder: configuration, split, model, figures, bundle')
     model: Path | None = Field(None, description='model to use: a run folder or a bundle; the run folder `out` by default')
@@ -53,6 +55,8 @@ def make_config(
     given = {name: value for name, value in values.items() if value is not None}
     if 'scene' in given and {'catalog', 'dataset'} & set(given) and not given.get('resume'):
         raise HeimdallError('sessions come from a catalog or from a scene: give --catalog and --dataset, or --scene')
+    if {'scene_seed', 'test_seed'} & set(given) and 'scene' not in given and not given.get('resume'):
+        raise HeimdallError('scene_seed and test_seed belong to a scene: give --scene as well')
     try:
         return Config(**given)
     except ValidationError as error:

@@ -10,11 +10,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from .anchor import LevelAnchor
+from .expected_levels import ExpectedLevels, Surveyed
 from .features import LevelStatistics
 from .geodesy import Frame
 from .model import LocalizationNet
@@ -58,7 +60,7 @@ def load_model(
         if header['kind'] == 'timed':
             rate, samples = header['recording']
             statistics = TimedStatistics(*(tensors[name] for name in TimedStatistics._fields))
-            anchors = _tdoa_anchor(tensors, 'anchor.'), _level_anchor(tensors, 'level_anchor.')
+            anchors = _surveyed(tensors, 'anchor.'), _level_anchor(tensors, 'level_anchor.')
             model = TimedNet(network, frame, *anchors, statistics, rate, samples, header['width'])
         else:
             of_levels = LevelStatistics(tensors['level_mean'].numpy(), tensors['level_deviation'].numpy())
@@ -77,7 +79,11 @@ def _level_anchor(tensors: dict[str, torch.Tensor], prefix: str) -> LevelAnchor:
     return LevelAnchor(grid, mean, variance, hearing, known)
 
 
-def _tdoa_anchor(tensors: dict[str, torch.Tensor], prefix: str) -> TdoaAnchor:
-    "A time-difference anchor of the right shape; the tensors are loaded into it afterwards."
-    receivers, known, maps, origin, pitch = (tensors[prefix + name].numpy() for name in ('receivers', 'known', 'maps', 'origin', 'pitch'))
-    return TdoaAnchor(receivers, ExcessMaps(origin, float(pitch), maps[..., 0], maps[..., 1], known > 0, ExcessKriging()))
+def _surveyed(tensors: dict[str, torch.Tensor], prefix: str) -> Surveyed:
+    "A time-difference anchor and expected levels of the right shape; the tensors are loaded into them afterwards."
+
+    def maps_of(name: str) -> tuple[np.ndarray, ExcessMaps]:
+        receivers, known, maps, origin, pitch = (tensors[f'{prefix}{name}.{each}'].numpy() for each in ('receivers', 'known', 'maps', 'origin', 'pitch'))
+        return receivers, ExcessMaps(origin, float(pitch), maps[..., 0], maps[..., 1], known > 0, ExcessKriging())
+
+    return Surveyed(TdoaAnchor(*maps_of('times')), ExpectedLevels(*maps_of('levels'), exponent=0.0))

@@ -8,18 +8,22 @@ __all__ = ['GRID_CELLS', 'FOLDS', 'BLOCK_M', 'LEVEL_SOURCES', 'train', 'evaluate
 # %% ../nbs/90_pipeline.ipynb #91ef787b
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
+from threadpoolctl import threadpool_limits
 
+from .bounds import scene_bound
 from .catalog import Catalog
 from .config import Config, make_config
-from .data import as_levels, graph_inputs, ingest, read_data, scene_bound, scene_split, write_scene_table  # noqa: F401  (ingest, write_scene_table: for who calls the pipeline)
+from .data import as_levels, config_scene, graph_inputs, ingest, read_data, scene_split, write_scene_table  # noqa: F401  (ingest, write_scene_table: for who calls the pipeline)
 from .dataset import MINIMUM_TIMED, Split, TimedData, block_folds, make_split
 from .features import LevelData, drift, level_statistics
 from .ingest import check_share, read_levels_to_locate, read_split_file
@@ -164,45 +168,62 @@ def _prepare_timed(config: Config, training: TimedData, validation: TimedData, f
     import torch
 
     from heimdall_train.anchor import choose_kriging, fit_level_anchor, position_grid
-    from heimdall_train.tdoa import DelayNoise, ExcessKriging, ExcessSurvey, TdoaAnchor, cross_fit_tdoa, fit_excess_maps
+    from heimdall_train.expected_levels import ExpectedLevels, LevelSurvey, Surveyed, fit_level_maps
+    from heimdall_train.tdoa import DelayNoise, ExcessMaps, ExcessSurvey, TdoaAnchor, fit_excess_maps
     from heimdall_train.timed_model import TimedNet, timed_statistics
 
     started, network = time.perf_counter(), training.network
     receivers, height = network.positions_enu(frame), network.source_height
-    some = np.random.default_rng(config.seed).permutation(len(training))[:LEVEL_SOURCES]
-    places, levels = training.enu(frame)[some], training.levels[some]
-    grid = position_grid(places, GRID_CELLS)
-    kriging = choose_kriging(places, levels, receivers[:, :2], folds[some])
+    grid = position_grid(training.enu(frame), GRID_CELLS)
+    some = _some(len(training), config.seed)
+    kriging = choose_kriging(training.enu(frame)[some], training.levels[some], receivers[:, :2], folds[some])
+    noise = DelayNoise(bandwidth=training.sample_rate, duration=training.samples / training.sample_rate)
 
     def of_levels(sources: LevelData):
-        rows = np.random.default_rng(config.seed).permutation(len(sources))[:LEVEL_SOURCES]
+        rows = _some(len(sources), config.seed)
         return fit_level_anchor(sources.enu(frame)[rows], sources.levels[rows], receivers[:, :2], grid, kriging)
 
-    def excess_maps(sources: TimedData, chosen: ExcessKriging | None = None):
-        survey = ExcessSurvey(
-            sources.enu(frame), sources.delay, sources.snr, sources.timed, receivers, noise, height, sources.source_error
-        )
-        return fit_excess_maps(survey, chosen)
+    def surveyed(sources: TimedData, excess: ExcessMaps | None = None, levels: tuple[float, ExcessMaps] | None = None):
+        "Maps of times and levels, with the hyper-parameters of others or with their own; and the path-loss exponent."
+        exponent, like = levels or (None, None)
+        times = ExcessSurvey(sources.enu(frame), sources.delay, sources.snr, sources.timed, receivers, noise, height, sources.source_error)
+        strengths = LevelSurvey(sources.enu(frame), sources.levels, sources.snr, receivers, height, exponent)
+        return fit_excess_maps(times, excess.kriging if excess else None), fit_level_maps(strengths, like), strengths.exponent
 
-    noise = DelayNoise(bandwidth=training.sample_rate, duration=training.samples / training.sample_rate)
-    maps = excess_maps(training)
-    anchors = cross_fit_tdoa(
-        training.enu(frame), training.delay, training.snr, training.timed, receivers, folds, noise,
-        source_height=height, source_error=training.source_error, kriging=maps.kriging,
-    )  # fmt: skip
+    def anchor_with(excess: ExcessMaps, levels: ExcessMaps, exponent: float) -> Surveyed:
+        return Surveyed(TdoaAnchor(receivers, excess, noise, height), ExpectedLevels(receivers, levels, exponent, height))
+
+    maps = surveyed(training)
+    like = maps[0], (maps[2], maps[1])
+    parts = [training.take(np.flatnonzero(folds != fold)) for fold in range(folds.max() + 1)]
+    anchors = [anchor_with(*fitted) for fitted in _together(lambda part: surveyed(part, *like), parts)]
 
     def refit(model, sources: TimedData) -> None:
-        model.anchor = TdoaAnchor(receivers, excess_maps(sources, maps.kriging), noise, height)
+        model.anchor = anchor_with(*surveyed(sources, *like))
         model.level_anchor = of_levels(sources)
 
-    anchor = TdoaAnchor(receivers, maps, noise, height)
+    excess, levels = maps[0].kriging, maps[1].kriging
     say(
-        f'maps of the excess path of {int(maps.known.sum())} receivers kriged: {maps.kriging.deviation:.0f} m over {maps.kriging.length:.0f} m '
-        f'({time.perf_counter() - started:.0f} s)'
+        f'maps of {int(maps[0].known.sum())} receivers kriged: excess path {excess.deviation:.0f} m over {excess.length:.0f} m, '
+        f'level {levels.deviation:.1f} dB over {levels.length:.0f} m ({time.perf_counter() - started:.0f} s)'
     )
     torch.manual_seed(config.seed)
-    model = TimedNet(network, frame, anchor, of_levels(training), timed_statistics(training, frame), training.sample_rate, training.samples)
-    return model, anchors, validation, {f'excess_{name}_m': float(value) for name, value in vars(maps.kriging).items()}, refit
+    statistics = timed_statistics(training, frame)
+    model = TimedNet(network, frame, anchor_with(*maps), of_levels(training), statistics, training.sample_rate, training.samples)
+    settings = {f'excess_{name}_m': float(value) for name, value in vars(excess).items()}
+    settings |= {'level_length_m': levels.length, 'level_deviation_db': levels.deviation, 'level_nugget_db': levels.nugget, 'path_loss_exponent': maps[2]}
+    return model, anchors, validation, settings, refit
+
+
+def _some(count: int, seed: int) -> np.ndarray:
+    "At most `LEVEL_SOURCES` of so many rows, drawn by seed."
+    return np.random.default_rng(seed).permutation(count)[:LEVEL_SOURCES]
+
+
+def _together(call: Callable, parts: list) -> list:
+    "Call with each part, as many at once as there are cores: kriging spends its time in LAPACK, which needs no interpreter."
+    with threadpool_limits(1, 'blas'), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(call, parts))
 
 # %% ../nbs/90_pipeline.ipynb #b028da0b
 def _frame(data: LevelData, test_ids):
@@ -222,7 +243,7 @@ def _split(config: Config, data: LevelData) -> Split:
         return split
     placed = ~np.isnan(data.network.positions_enu(_frame(data, test_ids))).any(axis=1)
     timed = (data.timed & placed).sum(axis=1) >= MINIMUM_TIMED
-    few = {identifier for part in (split.train, split.validation) for identifier in part if not timed[data.rows([identifier])[0]]}
+    few = {identifier for part in (split.train, split.validation) for identifier, enough in zip(part, timed[data.rows(part)], strict=True) if not enough}
     split = Split(
         [identifier for identifier in split.train if identifier not in few],
         [identifier for identifier in split.validation if identifier not in few],
@@ -292,7 +313,8 @@ def _of_run(config: Config) -> Config:
     update = {name: kept[name] for name in names if name not in given and kept.get(name) is not None and '…' not in str(kept[name])}
     if 'seed' not in config.model_fields_set:
         update['seed'] = kept['seed']
-    return config.model_copy(update={**update, 'scene': kept.get('scene')})  # its sessions, and no others
+    its_own = {name: kept.get(name) for name in ('scene', 'scene_seed', 'test_seed')}
+    return config.model_copy(update={**update, **its_own})  # its sessions, and no others
 
 
 def _read_run(folder: Path) -> tuple[Split, dict]:
@@ -336,7 +358,7 @@ def evaluate(
         baselines={
             name: PositionMetrics(**evaluate_positions(truth, result.positions, result.covariance)) for name, result in results.items()
         },
-        bound_rmse_m=scene_bound(config.scene, test.ids, config.seed) if config.scene is not None else None,
+        bound_rmse_m=scene_bound(config_scene(config), test.ids, config.seed) if config.scene is not None else None,
     )
     write_file(folder / 'evaluation.parquet', _evaluation_table(test, model, truth, answers))
     _write_json(

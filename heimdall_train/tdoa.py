@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EARTH_RADIUS', 'START_CELLS', 'START_MARGIN', 'STARTS', 'START_DISTANCE', 'ITERATIONS', 'WIDENED', 'FREEDOM',
-           'EXCLUDED_COST', 'NEIGHBOURS', 'OUTLIER_SQUARE', 'MINIMUM_PLACES', 'SWEEPS', 'PITCHES', 'MAP_CELLS',
+           'EXCLUDED_COST', 'NEIGHBOURS', 'OUTLIER_SQUARE', 'MINIMUM_PLACES', 'SWEEPS', 'FINENESS', 'MAP_CELLS',
            'DelayNoise', 'delay_variance', 'ExcessKriging', 'ExcessMaps', 'constant_maps', 'TdoaFix', 'Linearisation',
-           'TdoaAnchor', 'Neighbourhood', 'excess_covariance', 'neighbourhoods', 'ExcessSurvey',
-           'choose_excess_kriging', 'fit_excess_maps', 'fit_tdoa_anchor', 'cross_fit_tdoa']
+           'SurveyedArea', 'TdoaAnchor', 'Neighbourhood', 'excess_covariance', 'neighbourhoods', 'Departures',
+           'ExcessSurvey', 'choose_excess_kriging', 'fit_excess_maps', 'fit_tdoa_anchor', 'cross_fit_tdoa']
 
 # %% ../nbs/46_tdoa.ipynb #8f2b5376
 import math
@@ -66,7 +66,7 @@ class ExcessKriging:
 
 @dataclass(frozen=True)
 class ExcessMaps:
-    "Excess path of R receivers on a regular grid, bilinear in between and constant outside."
+    "Excess path of R receivers on a regular grid, bilinear in between and constant outside; the next notebook has levels in dB in their place."
 
     origin: np.ndarray  # metres east and north of the first grid point, shape (2,)
     pitch: float  # metres between grid points
@@ -104,6 +104,9 @@ class TdoaFix(NamedTuple):
     covariance: torch.Tensor  # m², shape (B, 2, 2)
     residual: torch.Tensor  # metres, after the time of emission, 0 where not timed, shape (B, R)
     weight: torch.Tensor  # 1/m², robust weight over variance, 0 where not timed, shape (B, R)
+    variance: torch.Tensor  # m², of each arrival, that of the maps included, anything where not timed, shape (B, R)
+    deviation: torch.Tensor  # metres, of the maps at the position, shape (B, R)
+    jacobian: torch.Tensor  # metres of arrival a metre east and north, shape (B, R, 2)
     cost: torch.Tensor  # weighted sum of squared residuals, shape (B,)
     hdop: torch.Tensor  # of the timed receivers' geometry, at most 1414, shape (B,)
     spread: torch.Tensor  # metres, rms distance of the start grid's posterior from the position, shape (B,)
@@ -117,19 +120,72 @@ class Linearisation(NamedTuple):
     jacobian: torch.Tensor  # less its weighted mean, shape (B, R, 2)
     mean_jacobian: torch.Tensor  # shape (B, 2)
     mean_residual: torch.Tensor  # metres, shape (B,)
+    variance: torch.Tensor  # m², of each arrival, that of the maps included, shape (B, R)
+    deviation: torch.Tensor  # metres, of the maps, shape (B, R)
     direction: torch.Tensor  # cosines of the way from receiver to source: east, north, up, shape (B, R, 3)
     unlikeliness: torch.Tensor  # −2 log of the Student-t likelihood, up to a constant, shape (B,)
 
 # %% ../nbs/46_tdoa.ipynb #8de429b5
-class TdoaAnchor(nn.Module):
-    "Robust fix by times of arrival; receivers, noise, maps and start grid are buffers."
+class SurveyedArea(nn.Module):
+    "Receivers, maps of an area, and the straight lines between; all float64 but the maps."
 
     receivers: torch.Tensor
     known: torch.Tensor
-    constants: torch.Tensor
     maps: torch.Tensor
     origin: torch.Tensor
     pitch: torch.Tensor
+    ground: torch.Tensor
+
+    def __init__(
+        self,
+        receivers: np.ndarray,  # metres east, north, up; NaN where unknown: masked, shape (R, 3)
+        maps: ExcessMaps,  # of the excess path, or of levels; the area is theirs
+        source_height: float,  # metres above the ellipsoid
+    ):
+        super().__init__()
+        for name, value in (
+            ('receivers', np.nan_to_num(receivers)),
+            ('known', ~np.isnan(receivers).any(axis=1) & maps.known),
+            ('origin', maps.origin),
+            ('pitch', maps.pitch),
+            ('ground', (source_height, EARTH_RADIUS)),
+        ):
+            self.register_buffer(name, torch.from_numpy(np.asarray(value, dtype=np.float64)))
+        self.register_buffer('maps', torch.from_numpy(np.stack([maps.mean, maps.deviation], axis=-1)).float())
+
+    def geometry(
+        self,
+        position: torch.Tensor,  # metres east and north, shape (B, 2)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # distance in metres (B, R); cosines of the way from receiver to source (B, R, 3)
+        "Straight lines from the receivers to a source of the given height over the curved ground."
+        source_height, earth_radius = self.ground.unbind()
+        up = source_height - (position * position).sum(dim=1, keepdim=True) / (2 * earth_radius)
+        offset = torch.cat([position, up], dim=1)[:, None, :] - self.receivers
+        distance = (offset * offset).sum(dim=2).sqrt()
+        return distance, offset / distance[:, :, None]
+
+    def look_up(
+        self,
+        position: torch.Tensor,  # metres east and north, shape (B, 2)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # mean (B, R), its slope (B, R, 2), deviation (B, R)
+        "The maps at a position, bilinear; constant outside."
+        receivers, rows, columns = self.maps.shape[:3]
+        east, north = ((position - self.origin) / self.pitch).unbind(dim=1)
+        east, north = east.clamp(0, columns - 1)[:, None, None], north.clamp(0, rows - 1)[:, None, None]
+        column, row = east.floor().clamp(max=columns - 2), north.floor().clamp(max=rows - 2)
+        first = (row * columns + column)[:, :, 0].long() + rows * columns * torch.arange(receivers, device=position.device)
+        values, east, north = self.maps.reshape(-1, 2), east - column, north - row
+        south_west, south_east, north_west, north_east = (values[first + step].double() for step in (0, 1, columns, columns + 1))
+        south, across = south_west + (south_east - south_west) * east, north_west + (north_east - north_west) * east
+        to_east = (south_east - south_west) * (1 - north) + (north_east - north_west) * north
+        value, slope = south + (across - south) * north, torch.stack([to_east[..., 0], (across - south)[..., 0]], dim=2) / self.pitch
+        return value[..., 0], slope, value[..., 1]
+
+# %% ../nbs/46_tdoa.ipynb #ee81fe96
+class TdoaAnchor(SurveyedArea):
+    "Robust fix by times of arrival; receivers, noise, maps and start grid are buffers."
+
+    constants: torch.Tensor
     grid: torch.Tensor
     step: torch.Tensor
     widening: torch.Tensor
@@ -144,9 +200,9 @@ class TdoaAnchor(nn.Module):
         source_height: float = 300.0,  # metres above the ellipsoid
         height_deviation: float = 0.0,  # metres, how well the height is known
     ):
-        super().__init__()
+        super().__init__(receivers, maps, source_height)
         noise = noise or DelayNoise()
-        constants = (SPEED_OF_LIGHT, noise.thermal, noise.clock, maps.kriging.nugget, source_height, height_deviation, EARTH_RADIUS, FREEDOM)
+        constants = (SPEED_OF_LIGHT, noise.thermal, noise.clock, maps.kriging.nugget, height_deviation, FREEDOM)
         low = np.asarray(maps.origin, dtype=np.float64)
         high = low + maps.pitch * (np.array(maps.mean.shape[:0:-1]) - 1)
         margin = START_MARGIN * (high - low).max()
@@ -154,49 +210,16 @@ class TdoaAnchor(nn.Module):
         step = float(np.sqrt(np.prod(high - low) / START_CELLS))
         axes = [np.linspace(low[axis], high[axis], int(np.ceil((high[axis] - low[axis]) / step)) + 1) for axis in range(2)]
         for name, value in (
-            ('receivers', np.nan_to_num(receivers)),
-            ('known', ~np.isnan(receivers).any(axis=1) & maps.known),
             ('constants', constants),
-            ('origin', maps.origin),
-            ('pitch', maps.pitch),
             ('grid', np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)),
             ('step', step),
             ('widening', [(0.4 * step) ** 2 / 4**number * (number < WIDENED) for number in range(ITERATIONS)]),
         ):
             self.register_buffer(name, torch.from_numpy(np.asarray(value, dtype=np.float64)))
-        self.register_buffer('maps', torch.from_numpy(np.stack([maps.mean, maps.deviation], axis=-1)).float())
         distance, _ = self.geometry(self.grid)
         mean, _, deviation = self.look_up(self.grid)
         self.register_buffer('start_range', (distance + mean).T.float())
         self.register_buffer('start_variance', (deviation**2 + (0.4 * self.step) ** 2).T.float())
-
-    def geometry(
-        self,
-        position: torch.Tensor,  # metres east and north, shape (B, 2)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # distance in metres (B, R); cosines of the way from receiver to source (B, R, 3)
-        "Straight lines from the receivers to a source of the given height over the curved ground."
-        source_height, earth_radius = self.constants[4], self.constants[6]
-        up = source_height - (position * position).sum(dim=1, keepdim=True) / (2 * earth_radius)
-        offset = torch.cat([position, up], dim=1)[:, None, :] - self.receivers
-        distance = (offset * offset).sum(dim=2).sqrt()
-        return distance, offset / distance[:, :, None]
-
-    def look_up(
-        self,
-        position: torch.Tensor,  # metres east and north, shape (B, 2)
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # mean (B, R) in metres, its slope (B, R, 2), deviation (B, R) in metres
-        "The maps at a position, bilinear; constant outside."
-        receivers, rows, columns = self.maps.shape[:3]
-        east, north = ((position - self.origin) / self.pitch).unbind(dim=1)
-        east, north = east.clamp(0, columns - 1)[:, None, None], north.clamp(0, rows - 1)[:, None, None]
-        column, row = east.floor().clamp(max=columns - 2), north.floor().clamp(max=rows - 2)
-        first = (row * columns + column)[:, :, 0].long() + rows * columns * torch.arange(receivers, device=position.device)
-        values, east, north = self.maps.reshape(-1, 2), east - column, north - row
-        south_west, south_east, north_west, north_east = (values[first + step].double() for step in (0, 1, columns, columns + 1))
-        south, across = south_west + (south_east - south_west) * east, north_west + (north_east - north_west) * east
-        to_east = (south_east - south_west) * (1 - north) + (north_east - north_west) * north
-        value, slope = south + (across - south) * north, torch.stack([to_east[..., 0], (across - south)[..., 0]], dim=2) / self.pitch
-        return value[..., 0], slope, value[..., 1]
 
     def start(
         self,
@@ -238,16 +261,17 @@ class TdoaAnchor(nn.Module):
         distance, direction = self.geometry(position)
         mean, slope, deviation = self.look_up(position)
         residual = arrival - distance - mean - emission[:, None]
-        variance, freedom = variance + deviation * deviation, self.constants[7]
+        variance, freedom = variance + deviation * deviation, self.constants[5]
         excess = 1 + residual * residual / (variance * freedom)
         weight = timed / (variance * excess) if robust else timed / variance
         total = weight.sum(dim=1) + 1e-12
-        ground = direction[:, :, 2:] * position[:, None, :] / self.constants[6]  # the ground falls away as the source moves
+        ground = direction[:, :, 2:] * position[:, None, :] / self.ground[1]  # the ground falls away as the source moves
         jacobian = direction[:, :, :2] - ground + slope
         mean_jacobian = (weight[:, :, None] * jacobian).sum(dim=1) / total[:, None]
         unlikeliness = (timed * ((freedom + 1) * excess.log() + variance.log())).sum(dim=1) + ((timed / variance).sum(dim=1) + 1e-12).log()
         mean_residual = (weight * residual).sum(dim=1) / total
-        return Linearisation(residual, weight, jacobian - mean_jacobian[:, None], mean_jacobian, mean_residual, direction, unlikeliness)
+        centred = jacobian - mean_jacobian[:, None]
+        return Linearisation(residual, weight, centred, mean_jacobian, mean_residual, variance, deviation, direction, unlikeliness)
 
     def iterate(
         self,
@@ -306,7 +330,7 @@ class TdoaAnchor(nn.Module):
         "Covariance of a fix: noise, maps, and the unknown height of the source."
         weighted = lines.weight[:, :, None] * lines.jacobian
         covariance = self.inverse(weighted, lines.jacobian)
-        by_height = (covariance * (weighted * lines.direction[:, :, 2:]).sum(dim=1)[:, None, :]).sum(dim=2) * self.constants[5]
+        by_height = (covariance * (weighted * lines.direction[:, :, 2:]).sum(dim=1)[:, None, :]).sum(dim=2) * self.constants[4]
         return covariance + by_height[:, :, None] * by_height[:, None, :]
 
     def forward(
@@ -335,7 +359,8 @@ class TdoaAnchor(nn.Module):
         squares = ((self.grid - position[:, None]) ** 2).sum(dim=2)
         spread = ((posterior * squares).sum(dim=1) + self.step**2 / 6).sqrt()
         cost = (lines.weight * residual * residual).sum(dim=1)
-        return TdoaFix(position, covariance, residual, lines.weight, cost, self.dilution(lines.direction, timed), spread)
+        jacobian, hdop = lines.jacobian + lines.mean_jacobian[:, None], self.dilution(lines.direction, timed)
+        return TdoaFix(position, covariance, residual, lines.weight, lines.variance, lines.deviation, jacobian, cost, hdop, spread)
 
     @staticmethod
     def likeliest(
@@ -433,30 +458,18 @@ def neighbourhoods(
         yield piece, Neighbourhood(places, targets[piece], index[piece])
 
 # %% ../nbs/46_tdoa.ipynb #29b3df33
-class ExcessSurvey:
-    "What training sessions say about the excess path: what is left of each arrival after the straight way, and the places where that is known."
+class Departures:
+    "What measurements depart from what the straight way explains, and the places where that is known; each session may shift all of its own alike."
 
     def __init__(
         self,
         positions: np.ndarray,  # metres east and north of the sources, shape (N, 2)
-        delay: np.ndarray,  # seconds after the reference, anything where not timed, shape (N, R)
-        snr: np.ndarray,  # dB, shape (N, R)
-        timed: np.ndarray,  # 1 where heard with a disciplined clock, shape (N, R)
-        receivers: np.ndarray,  # metres east, north, up; NaN where unknown, shape (R, 3)
-        noise: DelayNoise | None = None,  # of the delays
-        source_height: float = 300.0,  # metres above the ellipsoid
-        source_error: np.ndarray | None = None,  # metres, standard deviation of the stated positions, shape (N,)
+        departure: np.ndarray,  # metres, or dB where levels are surveyed, shape (N, R)
+        variance: np.ndarray,  # of its noise, shape (N, R)
+        timed: np.ndarray,  # whether there is a measurement, bool, shape (N, R)
         side: float = 30.0,  # metres, of the square within which sessions count as one place
     ):
-        noise, up = noise or DelayNoise(), source_height - (positions**2).sum(axis=1) / (2 * EARTH_RADIUS)
-        self.timed = (np.asarray(timed) > 0) & ~np.isnan(receivers).any(axis=1)
-        way = ranges(np.column_stack([positions, up]), np.nan_to_num(receivers))
-        self.departure = np.where(self.timed, SPEED_OF_LIGHT * np.nan_to_num(delay) - way, 0.0)
-        constants = (torch.tensor(value, dtype=torch.float64) for value in (noise.thermal, noise.clock))
-        snr_known = torch.from_numpy(np.where(self.timed, snr, 0.0).astype(np.float64))
-        self.variance = SPEED_OF_LIGHT**2 * delay_variance(snr_known, torch.from_numpy(self.timed.astype(np.float64)), *constants).numpy()
-        if source_error is not None:
-            self.variance = self.variance + np.asarray(source_error, dtype=np.float64)[:, None] ** 2
+        self.departure, self.variance, self.timed = departure, variance, timed
         self.place = np.unique(np.floor(positions / side).astype(int), axis=0, return_inverse=True)[1].reshape(-1)
         count = np.bincount(self.place)
         self.places = np.stack([np.bincount(self.place, positions[:, axis]) / count for axis in range(2)], axis=1)
@@ -495,11 +508,36 @@ class ExcessSurvey:
         return numbers, np.bincount(place, weight * observed[rows, receiver]) / total, 1 / total
 
 
+class ExcessSurvey(Departures):
+    "What training sessions say about the excess path: what is left of each arrival after the straight way."
+
+    def __init__(
+        self,
+        positions: np.ndarray,  # metres east and north of the sources, shape (N, 2)
+        delay: np.ndarray,  # seconds after the reference, anything where not timed, shape (N, R)
+        snr: np.ndarray,  # dB, shape (N, R)
+        timed: np.ndarray,  # 1 where heard with a disciplined clock, shape (N, R)
+        receivers: np.ndarray,  # metres east, north, up; NaN where unknown, shape (R, 3)
+        noise: DelayNoise | None = None,  # of the delays
+        source_height: float = 300.0,  # metres above the ellipsoid
+        source_error: np.ndarray | None = None,  # metres, standard deviation of the stated positions, shape (N,)
+    ):
+        noise, up = noise or DelayNoise(), source_height - (positions**2).sum(axis=1) / (2 * EARTH_RADIUS)
+        there = (np.asarray(timed) > 0) & ~np.isnan(receivers).any(axis=1)
+        way = ranges(np.column_stack([positions, up]), np.nan_to_num(receivers))
+        constants = (torch.tensor(value, dtype=torch.float64) for value in (noise.thermal, noise.clock))
+        snr_known = torch.from_numpy(np.where(there, snr, 0.0).astype(np.float64))
+        variance = SPEED_OF_LIGHT**2 * delay_variance(snr_known, torch.from_numpy(there.astype(np.float64)), *constants).numpy()
+        if source_error is not None:
+            variance = variance + np.asarray(source_error, dtype=np.float64)[:, None] ** 2
+        super().__init__(positions, np.where(there, SPEED_OF_LIGHT * np.nan_to_num(delay) - way, 0.0), variance, there)
+
+
 MINIMUM_PLACES = 10  # places that a receiver must have timed to get a map
 
 # %% ../nbs/46_tdoa.ipynb #9ab645ab
 def choose_excess_kriging(
-    survey: ExcessSurvey,  # of the training sessions
+    survey: Departures,  # of the training sessions
     observed: np.ndarray,  # metres, shape (N, R)
     variance: np.ndarray,  # m², of the noise without the nugget, shape (N, R)
     start: ExcessKriging,  # where the search begins
@@ -539,13 +577,14 @@ def choose_excess_kriging(
 
 # %% ../nbs/46_tdoa.ipynb #4de6da8b
 SWEEPS = 3  # of backfitting
-PITCHES, MAP_CELLS = 8, 100_000  # grid points a length, as long as there are no more than so many in all
+FINENESS, MAP_CELLS = 8, 100_000  # grid points a length, as long as there are no more than so many in all
 
 
 @one_blas_thread
 def fit_excess_maps(
-    survey: ExcessSurvey,  # of the training sessions
+    survey: Departures,  # of the training sessions
     kriging: ExcessKriging | None = None,  # hyper-parameters; chosen from the sessions by default
+    fineness: int = FINENESS,  # grid points a length, as long as there are no more than `MAP_CELLS` in all
 ) -> ExcessMaps:
     "Krige a map of the excess path for each receiver; `HeimdallError` where fewer than three were timed often enough."
     if survey.known.sum() < 3:
@@ -563,7 +602,7 @@ def fit_excess_maps(
         squares = [_left_out(survey, receiver, observed, noise, settings, excess, variance) for receiver in range(len(survey.known))]
     observed, noise = survey.partial(excess, variance, settings.nugget)
     low, high = survey.places.min(axis=0) - settings.length, survey.places.max(axis=0) + settings.length
-    pitch = max(settings.length / PITCHES, float(np.sqrt(np.prod(high - low) / MAP_CELLS)))
+    pitch = max(settings.length / fineness, float(np.sqrt(np.prod(high - low) / MAP_CELLS)))
     axes = [low[axis] + pitch * np.arange(int(np.ceil((high[axis] - low[axis]) / pitch)) + 1) for axis in range(2)]
     grid = np.stack(np.meshgrid(*axes), axis=-1)
     maps = np.stack([_map(survey, receiver, observed, noise, settings, grid.reshape(-1, 2), squares[receiver]) for receiver in range(len(survey.known))])
@@ -571,7 +610,7 @@ def fit_excess_maps(
     return ExcessMaps(low, pitch, mean, deviation, survey.known, settings)
 
 
-def _first_guess(survey: ExcessSurvey) -> ExcessKriging:
+def _first_guess(survey: Departures) -> ExcessKriging:
     "Where the search for hyper-parameters begins."
     centred = np.where(survey.timed, survey.departure, np.nan)
     centred = centred - np.nanmedian(centred, axis=1, keepdims=True)

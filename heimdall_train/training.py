@@ -19,6 +19,7 @@ with warnings.catch_warnings():  # fastai still compiles a few layers with torch
     warnings.simplefilter('ignore', FutureWarning)
     from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, Metric
     from fastai.callback.schedule import fit_one_cycle  # noqa: F401  (adds the method to Learner)
+    from fastai.callback.training import GradientClip
 from torch import nn
 
 from .checkpoints import ResumableLearner, SessionLoader, StopWhereNotFinite
@@ -182,7 +183,8 @@ def new_learner(
         position, covariance = prediction
         return gaussian_nll(position, covariance, target, source_error, beta=beta if network.training else 0.0)
 
-    return ResumableLearner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01, cbs=[StopWhereNotFinite(training.ids.tolist())])
+    callbacks = [StopWhereNotFinite(training.ids.tolist()), GradientClip(1.0)]  # a slipped clock must not throw the weights out
+    return ResumableLearner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01, cbs=callbacks)
 
 
 def fit(

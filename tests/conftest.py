@@ -8,6 +8,14 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads tha
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "With several processes, a file's tests share one, and so its fixtures; the notebooks are shared out one by one."
+    for item in items:
+        if item.path.name != 'test_notebooks.py':
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope='session')
 def powder() -> Path:
     "The folder of the POWDER level table: levels.csv, receivers.csv, splits/."

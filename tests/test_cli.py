@@ -39,10 +39,10 @@ OPTIONS = {
     'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
     'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
     'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--resume',
-              '--scene', '--seed', '--store', '--test-sessions', '--tracking', '--validation-sessions'],
+              '--scene', '--scene-seed', '--seed', '--store', '--test-seed', '--test-sessions', '--tracking', '--validation-sessions'],
 }
 FIELDS = ['allow_rejects', 'batch_size', 'cache', 'catalog', 'dataset', 'epochs', 'gain_drift', 'learning_rate', 'model', 'out', 'resume',
-          'scene', 'seed', 'store', 'test_sessions', 'tracking', 'validation_sessions']
+          'scene', 'scene_seed', 'seed', 'store', 'test_seed', 'test_sessions', 'tracking', 'validation_sessions']
 
 
 def commands(command, name: str = '') -> Iterator[tuple[str, list[str]]]:

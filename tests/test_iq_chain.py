@@ -13,10 +13,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from heimdall_train.bounds import scene_bound
 from heimdall_train.catalog import Catalog
 from heimdall_train.cli import app
 from heimdall_train.config import make_config
-from heimdall_train.data import graph_inputs, ingest_samples, read_data, scene_bound, scene_split, simulate
+from heimdall_train.data import graph_inputs, ingest_samples, read_data, scene_split, simulate
 from heimdall_train.dataset import TimedData, cached_features
 from heimdall_train.export import OUTPUTS, PARITY_METRES, PARITY_SIGMA, hand_over, onnx_session, parity
 from heimdall_train.metrics import evaluation_schema
@@ -89,7 +90,7 @@ def test_scene_on_the_way_gives_the_same_data_and_a_bound(chain: Chain):
     np.testing.assert_array_equal(read.delay, streamed.delay[rows])
     np.testing.assert_array_equal(read.levels, streamed.levels[rows])
     np.testing.assert_array_equal(read.maps[read.row[:9]], streamed.maps[streamed.row[rows[:9]]])
-    bound = scene_bound(str(chain.scene), read.ids[[name.startswith('test') for name in read.ids]], 0)
+    bound = scene_bound(load_scene(chain.scene), read.ids[[name.startswith('test') for name in read.ids]], 0)
     assert 5 < bound < json.loads(chain.evaluated.stdout)['model']['rmse_m']
 
 

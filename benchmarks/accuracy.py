@@ -1,0 +1,388 @@
+"""Simulated scenes with IQ: the model beside its anchor, all baselines and the bound.
+
+Claim: where the field is hard (`piedmont-field-v1`: fading, interference, slipped clocks) the model's median error is below 50 m, its mean at most
+0.95 times and its 95th percentile at most 0.9 times that of `tdoa_kriged`, the best classical method, which has maps of the excess path from the
+same training sources; its negative log-likelihood is at least 0.3 nat better, and its 90 % ellipse holds 87 to 93 %. On the clean
+`piedmont-sync-v1`: median below 30 m, mean below 42 m, no worse than `tdoa_kriged`, 0.2 nat better.
+
+    python benchmarks/accuracy.py SCENE --seeds 3 --first-seed 0 --out DIR [--scene-seed N] [--test-seed N] [--study missing|snr|size|ablation]
+
+One training a seed: simulation (the training draw varies with the seed, the test sources do not), features, maps, network, calibration; then the test
+sessions, once. A seed that is finished is read, not repeated; so is each point of a study. `--study` works on the runs of the first seed.
+DIR/SCENE.json has the means over the seeds as `evaluate --json` prints them, beside `per_seed`; DIR/SCENE.md is the table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from heimdall_train.dataset import TimedData
+from heimdall_train.metrics import Evaluation, evaluate_positions, pool_coverage
+from heimdall_train.pipeline import evaluate, make_config, train
+
+FIGURES = ('mean_m', 'median_m', 'rmse_m', 'p68_m', 'p90_m', 'p95_m', 'nees', 'nll', 'energy_score_m', 'ellipse90_km2')
+
+
+def main() -> None:
+    """Run the seeds, write the summary; then the study, if one is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('scene', metavar='SCENE', help='name of a scene, or a YAML file')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--first-seed', type=int, default=0)
+    parser.add_argument('--scene-seed', type=int, default=None)
+    parser.add_argument('--test-seed', type=int, default=None)
+    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--study', choices=sorted(STUDIES))
+    parser.add_argument('--out', type=Path, default=Path('runs/accuracy'))
+    options = parser.parse_args()
+    seeds = list(range(options.first_seed, options.first_seed + options.seeds))
+    name = Path(options.scene).stem + (f'-scene{options.scene_seed}' if options.scene_seed is not None else '')
+    if options.study:
+        points = STUDIES[options.study](options, options.out / f'{name}-{seeds[0]}')
+        write(options.out / f'{name}-{options.study}.json', {**about(options, [seeds[0]]), 'study': options.study, 'points': points})
+        print(study_markdown(options.study, points))
+        return
+    runs = [run(options, seed, options.out / f'{name}-{seed}') for seed in seeds]
+    summary = summarise(options, seeds, runs)
+    write(options.out / f'{name}.json', summary)
+    (options.out / f'{name}.md').write_text(markdown(summary))
+    print(markdown(summary))
+
+
+def write(path: Path, values: dict) -> None:
+    """JSON, written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix('.part')
+    aside.write_text(json.dumps(values, indent=1) + '\n')
+    aside.rename(path)
+
+
+def about(options: argparse.Namespace, seeds: list[int]) -> dict:
+    """What a reader must know to repeat it."""
+    return {
+        'benchmark': 'accuracy',
+        'scene': options.scene,
+        'scene_seed': options.scene_seed,
+        'test_seed': options.test_seed,
+        'seeds': seeds,
+        'epochs': options.epochs,
+        'batch_size': options.batch_size,
+        'date': datetime.now(UTC).date().isoformat(),
+        'hardware': f'{platform.machine()}, {os.cpu_count()} cores, no GPU',
+        'versions': {name: version(name) for name in ('heimdall-train', 'torch', 'torchvision', 'fastai', 'scikit-learn', 'numpy')},
+    }
+
+
+def config_of(options: argparse.Namespace, seed: int, folder: Path, **other):
+    """The configuration of one run."""
+    seeds = {'scene_seed': options.scene_seed, 'test_seed': options.test_seed}
+    settings = {'scene': options.scene, 'cache': options.out / 'features', 'out': folder, 'seed': seed, 'epochs': options.epochs, **seeds}
+    return make_config(**{**settings, 'batch_size': options.batch_size, **other})
+
+
+def run(options: argparse.Namespace, seed: int, folder: Path, **other) -> dict:
+    """Metrics of one run, with the minutes that its steps took; one that is finished is read."""
+    finished = folder / 'accuracy.json'
+    if finished.exists():
+        return json.loads(finished.read_text())
+    from heimdall_train.data import config_scene, part_counts, read_data
+    from heimdall_train.recordings import simulate_sessions
+
+    config, started = config_of(options, seed, folder, **other), time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f'[{folder.name} {(time.perf_counter() - started) / 60:5.1f} min] {line}', flush=True)
+
+    minutes, scene = {}, config_scene(config)
+    if scene.radio is not None:
+        begun = time.perf_counter()
+        sample = sum(1 for _ in simulate_sessions(scene, 'validation', seed, range(min(200, scene.sources['validation']))))
+        minutes['simulate'] = (time.perf_counter() - begun) / 60 * sum(part_counts(scene, None).values()) / sample
+    begun = time.perf_counter()
+    read_data(config, say)
+    minutes['features'] = max(0.0, (time.perf_counter() - begun) / 60 - minutes.get('simulate', 0.0))
+    for name, step in (('train', train), ('evaluate', evaluate)):
+        begun = time.perf_counter()
+        step(config, say)
+        minutes[name] = (time.perf_counter() - begun) / 60
+    metrics = {**json.loads((folder / 'metrics.json').read_text()), 'minutes': minutes}
+    write(finished, metrics)
+    return metrics
+
+
+def methods_of(evaluation: dict) -> dict[str, dict]:
+    """The model, its anchor and the baselines by name."""
+    return {'model': evaluation['model'], 'anchor': evaluation['anchor'], **evaluation['baselines']}
+
+
+def summarise(options: argparse.Namespace, seeds: list[int], runs: list[dict]) -> dict:
+    """Means and ranges over the seeds, coverage pooled over them."""
+    evaluations = [metrics['evaluation'] for metrics in runs]
+    names = list(methods_of(evaluations[0]))
+
+    def over_seeds(statistic: Callable, name: str, figure: str) -> float | None:
+        values = [methods_of(evaluation)[name][figure] for evaluation in evaluations]
+        return None if values[0] is None else float(statistic(values))
+
+    means, ranges = ({name: {figure: over_seeds(each, name, figure) for figure in FIGURES} for name in names} for each in (np.mean, np.ptp))
+    pooled = {name: pool_coverage([Evaluation(**evaluation) for evaluation in evaluations], name) for name in names}
+    for name in names:
+        means[name]['coverage'] = {level: observed.fraction for level, observed in pooled[name].items()}
+    bounds = [evaluation['bound_rmse_m'] for evaluation in evaluations]
+    return {
+        **about(options, seeds),
+        'n': evaluations[0]['n'],
+        'split': 'test',
+        'dataset_digest': evaluations[0]['dataset_digest'],
+        'model': means.pop('model'),
+        'anchor': means.pop('anchor'),
+        'baselines': means,
+        'bound_rmse_m': None if None in bounds else float(np.mean(bounds)),
+        'bounds_rmse_m': bounds_of(options, seeds[0]),
+        'range_over_seeds': ranges,
+        'coverage_intervals': {name: {level: observed._asdict() for level, observed in levels.items()} for name, levels in pooled.items()},
+        'minutes': {step: float(np.mean([metrics['minutes'][step] for metrics in runs])) for step in runs[0]['minutes']},
+        'training': [{name: metrics['training'][name] for name in ('epoch', 'variance_scale', 'anchor', 'seconds')} for metrics in runs],
+        'per_seed': evaluations,
+    }
+
+
+def bounds_of(options: argparse.Namespace, seed: int) -> dict | None:
+    """RMSE of the bounds of the test sessions: excess paths known, mapped from the training sources, not known at all."""
+    from heimdall_train.bounds import rms_bound, scene_bounds
+    from heimdall_train.scene import load_scene
+    from heimdall_train.simulation import session_truth
+
+    scene = load_scene(options.scene, options.scene_seed, options.test_seed)
+    if scene.radio is None or scene.clock is None or not scene.clock.disciplined:
+        return None
+    bounds = scene_bounds(scene, session_truth(scene, 'test', seed), seed)
+    return {what: rms_bound(covariances) for what, covariances in bounds._asdict().items()}
+
+
+def markdown(summary: dict) -> str:
+    """A table of the methods, means over the seeds with half their range in brackets."""
+    minutes = ', '.join(f'{step} {value:.1f}' for step, value in summary['minutes'].items())
+    lines = [
+        f'## {summary["scene"]}: {summary["n"]} test sessions, seeds {summary["seeds"]}, {summary["epochs"]} epochs',
+        '',
+        f'{summary["date"]}, {summary["hardware"]}, torch {summary["versions"]["torch"]}; minutes a seed: {minutes}',
+        '',
+        '| method | median m | mean m | RMSE m | p95 m | NLL nat | 50 % ellipse | 90 % ellipse (95 % interval) | NEES |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
+    ]
+    for name, figures in methods_of(summary).items():
+        half, observed = summary['range_over_seeds'][name]['mean_m'] / 2, summary['coverage_intervals'][name]
+        shares = ['–', '–', '–', '–']
+        if observed:
+            ninety = observed['90']
+            interval = f'{ninety["fraction"]:.3f} ({ninety["low"]:.3f}–{ninety["high"]:.3f})'
+            shares = [f'{figures["nll"]:.2f}', f'{observed["50"]["fraction"]:.2f}', interval, f'{figures["nees"]:.2f}']
+        distances = f'{figures["median_m"]:.1f} | {figures["mean_m"]:.1f} (±{half:.1f}) | {figures["rmse_m"]:.1f} | {figures["p95_m"]:.0f}'
+        lines.append(f'| {name} | {distances} | {" | ".join(shares)} |')
+    if bounds := summary['bounds_rmse_m']:
+        values = ', '.join(f'{what} {value:.1f} m' for what, value in bounds.items())
+        share = (bounds['mapped'] / summary['model']['rmse_m']) ** 2
+        lines += ['', f'Bounds by noise and clock alone (RMSE), excess paths {values}; efficiency of the model against the mapped one {share:.2f}.']
+    return '\n'.join([*lines, ''])
+
+
+# --- studies: each returns its points, `{label: {method: figures}}`, and keeps them one by one ---
+
+
+def point(folder: Path, label: str, compute: Callable[[], dict]) -> dict:
+    """A point of a study: read if it is there, else computed and kept."""
+    path = folder / 'studies' / f'{label}.json'
+    if not path.exists():
+        print(f'--- {label}', flush=True)
+        write(path, compute())
+    return json.loads(path.read_text())
+
+
+def figures(truth: np.ndarray, position: np.ndarray, covariance: np.ndarray | None) -> dict:
+    """What a study keeps of a method."""
+    return {'n': len(truth), **evaluate_positions(truth, position, covariance)}
+
+
+def trained(options: argparse.Namespace, folder: Path):
+    """Configuration, model, data and split of the run of the first seed, trained if it has not been."""
+    from heimdall_train.data import read_data
+    from heimdall_train.dataset import Split
+    from heimdall_train.model_files import load_model
+
+    run(options, options.first_seed, folder)
+    config = config_of(options, options.first_seed, folder)
+    return config, load_model(folder / 'model.safetensors'), read_data(config), Split.load(folder / 'split.json')
+
+
+def all_methods(model, data: TimedData, split, test: TimedData) -> dict:
+    """Model, anchor and the two TDOA baselines on test sessions."""
+    from heimdall_train.tdoa_baselines import run_tdoa_baselines
+    from heimdall_train.training import estimate
+
+    truth, receivers = test.enu(model.frame), data.network.positions_enu(model.frame)
+    position, covariance, anchor, anchor_covariance = estimate(model, test)
+    known = [data.take(data.rows(ids)) for ids in (split.train, split.validation)]
+    parts = [(each.delay, each.snr, each.timed, each.enu(model.frame)) for each in (*known, test)]
+    results = run_tdoa_baselines(*parts, receivers, data.network.source_height)
+    return {
+        'model': figures(truth, position, covariance),
+        'anchor': figures(truth, anchor, anchor_covariance),
+        **{name: figures(truth, result.positions, result.covariance) for name, result in results.items()},
+    }
+
+
+def study_missing(options: argparse.Namespace, folder: Path) -> dict:
+    """Receivers taken away at random, the reference among them where it is drawn: then the next strongest is the reference."""
+    config, model, data, split = trained(options, folder)
+    test = data.take(data.rows(split.test))
+
+    def without(count: int) -> TimedData:
+        draws = np.random.default_rng(count).uniform(size=test.timed.shape)
+        gone = np.argsort(np.argsort(draws, axis=1), axis=1) < count
+        timed, heard = test.timed & ~gone, test.heard & ~gone
+        levels, snr = (np.where(heard, values, np.nan).astype(np.float32) for values in (test.levels, test.snr))
+        reference = np.where(timed, np.nan_to_num(snr, nan=-np.inf), -np.inf).argmax(axis=1)
+        delay = np.where(timed, test.delay - np.take_along_axis(test.delay, reference[:, None], axis=1), 0.0)
+        return replace(test, timed=timed, levels=levels, snr=snr, reference=reference, delay=delay)
+
+    return {str(count): point(folder, f'missing-{count}', lambda gone=count: all_methods(model, data, split, without(gone))) for count in range(5)}
+
+
+def study_snr(options: argparse.Namespace, folder: Path) -> dict:
+    """Test sessions by the SNR of their third strongest receiver: a fix takes three."""
+    config, model, data, split = trained(options, folder)
+    test = data.take(data.rows(split.test))
+    third = np.sort(np.where(test.timed, test.snr, -np.inf), axis=1)[:, -3]
+    edges = [-np.inf, *np.quantile(third, (0.1, 0.25, 0.5, 0.75, 0.9)), np.inf]
+    points = {}
+    for low, high in zip(edges, edges[1:]):
+        chosen = np.flatnonzero((third > low) & (third <= high))
+        label = f'{low:.0f} to {high:.0f} dB'
+        points[label] = point(folder, f'snr-{label.replace(" ", "-")}', lambda rows=chosen: all_methods(model, data, split, test.take(rows)))
+    return points
+
+
+def study_size(options: argparse.Namespace, folder: Path) -> dict:
+    """Fewer training sources, in a scene that is the same but for that."""
+    from heimdall_train.scene import load_scene
+
+    original, points = Path(str(load_scene(options.scene).name)), {}
+    text = (Path(yaml_of(options.scene))).read_text()
+    for count in (250, 500, 1000, 3000, 12_000):
+        values = yaml.safe_load(text)
+        values['sources']['train'] = count
+        path = options.out / 'scenes' / f'{original}-{count}.yaml'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(values))
+        epochs = min(40, round(options.epochs * (12_000 / count) ** 0.5))
+        points[str(count)] = point(
+            folder, f'size-{count}',
+            lambda at=path, n=epochs, of=count: methods_of(run(options, options.first_seed, options.out / f'size-{of}', scene=str(at), epochs=n)['evaluation']),
+        )  # fmt: skip
+    return points
+
+
+def yaml_of(scene: str) -> Path:
+    """The YAML file of a scene that ships with the package, or the file itself."""
+    import heimdall_train.scene
+
+    return Path(scene) if scene.endswith(('.yaml', '.yml')) else Path(heimdall_train.scene.__file__).parent / 'scenes' / f'{scene}.yaml'
+
+
+def study_ablation(options: argparse.Namespace, folder: Path) -> dict:
+    """The network with something taken away, trained anew on the same sessions."""
+    config, model, data, split = trained(options, folder)
+    test = data.take(data.rows(split.test))
+    points = {'all': point(folder, 'ablation-all', lambda: all_methods(model, data, split, test))}
+    for label, variant in variants().items():
+        points[label] = point(folder, f'ablation-{label.replace(" ", "-")}', lambda kind=variant: train_variant(config, data, split, test, kind, folder))
+    return points
+
+
+def variants() -> dict[str, type]:
+    """Networks that lack something, by what they lack."""
+    import torch
+
+    from heimdall_train.timed_model import TimedNet
+
+    class WithoutBackbone(TimedNet):
+        def see(self, maps, counts, heard):
+            return torch.zeros(len(maps), 512)
+
+    class WithoutMaps(WithoutBackbone):
+        def correct(self, inputs, fix):
+            return super().correct((0 * inputs[0], *inputs[1:]), fix)
+
+    class WithoutCoherence(TimedNet):
+        def correct(self, inputs, fix):
+            receivers = len(self.network)
+            maps = torch.cat([inputs[0][:, :receivers], 0 * inputs[0][:, receivers:]], dim=1)
+            return super().correct((maps, *inputs[1:]), fix)
+
+    class WithoutExpectedLevels(TimedNet):
+        def locate(self, anchor, inputs, working=None):
+            fix = super().locate(anchor, inputs, working)
+            session = torch.cat([fix.session[:, :3], 0 * fix.session[:, 3:]], dim=1)
+            return fix._replace(departure=0 * fix.departure, departure_deviation=0 * fix.departure_deviation, session=session)
+
+    return {
+        'without the ResNet': WithoutBackbone,
+        'without maps of the recordings': WithoutMaps,
+        'without coherence': WithoutCoherence,
+        'without expected levels': WithoutExpectedLevels,
+    }
+
+
+def train_variant(config, data: TimedData, split, test: TimedData, kind: type, folder: Path) -> dict:
+    """Train, calibrate and evaluate one variant, as the pipeline does."""
+    from heimdall_train.dataset import block_folds
+    from heimdall_train.pipeline import BLOCK_M, FOLDS, _frame, _prepare_timed
+    from heimdall_train.training import estimate, finish, fit, new_learner
+
+    training, validation = (data.take(data.rows(ids)) for ids in (split.train, split.validation))
+    frame = _frame(data, split.test)
+    folds = block_folds(training.enu(frame), BLOCK_M, FOLDS, config.seed)
+    model, anchors, validation, _, refit = _prepare_timed(config, training, validation, frame, folds, print)
+    model.__class__ = kind
+    learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed)
+    best = fit(learner, config.epochs, folder / 'variants' / kind.__name__, config.learning_rate)
+    best.__class__ = kind
+    finish(best, validation)
+    refit(best, data.take(data.rows(split.train + split.validation)))
+    position, covariance, _, _ = estimate(best, test)
+    return {'model': figures(test.enu(frame), position, covariance)}
+
+
+STUDIES: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
+    'missing': study_missing,
+    'snr': study_snr,
+    'size': study_size,
+    'ablation': study_ablation,
+}
+
+
+def study_markdown(study: str, points: dict) -> str:
+    """A row a point and method."""
+    lines = [f'\n## {study}', '', '| point | method | n | median m | mean m | p95 m | NLL nat | 90 % ellipse |', '|---|---|---:|---:|---:|---:|---:|---:|']
+    for label, methods in points.items():
+        for name, values in methods.items():
+            belief = [f'{values["nll"]:.2f}', f'{values["coverage"]["90"]:.3f}'] if values.get('nll') is not None else ['–', '–']
+            distances = [f'{values[key]:.1f}' for key in ('median_m', 'mean_m', 'p95_m')]
+            lines.append(f'| {label} | {name} | {values.get("n", "")} | {" | ".join([*distances, *belief])} |')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    main()
