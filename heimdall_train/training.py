@@ -183,7 +183,9 @@ def new_learner(
         position, covariance = prediction
         return gaussian_nll(position, covariance, target, source_error, beta=beta if network.training else 0.0)
 
-    callbacks = [StopWhereNotFinite(training.ids.tolist()), GradientClip(1.0)]  # a slipped clock must not throw the weights out
+    callbacks: list[Callback] = [StopWhereNotFinite(training.ids.tolist())]
+    if isinstance(training, TimedData):
+        callbacks.append(GradientClip(1.0))  # a slipped clock must not throw the weights out
     return ResumableLearner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01, cbs=callbacks)
 
 
