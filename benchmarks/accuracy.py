@@ -1,6 +1,6 @@
 """Simulated scenes with IQ: the model beside its anchor, all baselines and the bound.
 
-Claim: where the field is hard (`piedmont-field-v1`: fading, interference, slipped clocks) the model's median error is below 50 m, its mean at most
+Claim, to be shown: where the field is hard (`piedmont-field-v1`: fading, interference, slipped clocks) the model's median error is below 50 m, its mean at most
 0.95 times and its 95th percentile at most 0.9 times that of `tdoa_kriged`, the best classical method, which has maps of the excess path from the
 same training sources; its negative log-likelihood is at least 0.3 nat better, and its 90 % ellipse holds 87 to 93 %. On the clean
 `piedmont-sync-v1`: median below 30 m, mean below 42 m, no worse than `tdoa_kriged`, 0.2 nat better.
@@ -8,7 +8,8 @@ same training sources; its negative log-likelihood is at least 0.3 nat better, a
     python benchmarks/accuracy.py SCENE --seeds 3 --first-seed 0 --out DIR [--scene-seed N] [--test-seed N] [--study missing|snr|size|ablation]
 
 One training a seed: simulation (the training draw varies with the seed, the test sources do not), features, maps, network, calibration; then the test
-sessions, once. A seed that is finished is read, not repeated; so is each point of a study. `--study` works on the runs of the first seed.
+sessions, once. A seed that is finished is read, not repeated, if its settings are the same; so is each point of a study. `--study` works on the run of
+the first seed and reads its test sessions again: a study describes, it must not choose.
 DIR/SCENE.json has the means over the seeds as `evaluate --json` prints them, beside `per_seed`; DIR/SCENE.md is the table.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('runs/accuracy'))
     options = parser.parse_args()
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
-    name = Path(options.scene).stem + (f'-scene{options.scene_seed}' if options.scene_seed is not None else '')
+    name = name_of(options)
     if options.study:
         points = STUDIES[options.study](options, options.out / f'{name}-{seeds[0]}')
         write(options.out / f'{name}-{options.study}.json', {**about(options, [seeds[0]]), 'study': options.study, 'points': points})
@@ -58,6 +60,12 @@ def main() -> None:
     write(options.out / f'{name}.json', summary)
     (options.out / f'{name}.md').write_text(markdown(summary))
     print(markdown(summary))
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """Of the scene, with the seeds that make a sibling of it."""
+    siblings = {'scene': options.scene_seed, 'test': options.test_seed}
+    return '-'.join([Path(options.scene).stem, *(f'{what}{seed}' for what, seed in siblings.items() if seed is not None)])
 
 
 def write(path: Path, values: dict) -> None:
@@ -93,13 +101,17 @@ def config_of(options: argparse.Namespace, seed: int, folder: Path, **other):
 
 def run(options: argparse.Namespace, seed: int, folder: Path, **other) -> dict:
     """Metrics of one run, with the minutes that its steps took; one that is finished is read."""
-    finished = folder / 'accuracy.json'
-    if finished.exists():
-        return json.loads(finished.read_text())
     from heimdall_train.data import config_scene, part_counts, read_data
     from heimdall_train.recordings import simulate_sessions
 
     config, started = config_of(options, seed, folder, **other), time.perf_counter()
+    finished, settings = folder / 'accuracy.json', config.model_dump(mode='json')
+    if finished.exists():
+        metrics = json.loads(finished.read_text())
+        if metrics['settings'] != settings:
+            changed = ', '.join(name for name, value in settings.items() if metrics['settings'].get(name) != value)
+            sys.exit(f'{folder} was run with another {changed}: give another --out, or remove it')
+        return metrics
 
     def say(line: str) -> None:
         print(f'[{folder.name} {(time.perf_counter() - started) / 60:5.1f} min] {line}', flush=True)
@@ -116,7 +128,7 @@ def run(options: argparse.Namespace, seed: int, folder: Path, **other) -> dict:
         begun = time.perf_counter()
         step(config, say)
         minutes[name] = (time.perf_counter() - begun) / 60
-    metrics = {**json.loads((folder / 'metrics.json').read_text()), 'minutes': minutes}
+    metrics = {**json.loads((folder / 'metrics.json').read_text()), 'minutes': minutes, 'settings': settings}
     write(finished, metrics)
     return metrics
 
@@ -193,8 +205,8 @@ def markdown(summary: dict) -> str:
         lines.append(f'| {name} | {distances} | {" | ".join(shares)} |')
     if bounds := summary['bounds_rmse_m']:
         values = ', '.join(f'{what} {value:.1f} m' for what, value in bounds.items())
-        share = (bounds['mapped'] / summary['model']['rmse_m']) ** 2
-        lines += ['', f'Bounds by noise and clock alone (RMSE), excess paths {values}; efficiency of the model against the mapped one {share:.2f}.']
+        share = (bounds['known'] / summary['model']['rmse_m']) ** 2
+        lines += ['', f'Bounds by noise and clock alone (RMSE), excess paths {values}; efficiency of the model against the first {share:.2f}.']
     return '\n'.join([*lines, ''])
 
 
@@ -223,7 +235,10 @@ def trained(options: argparse.Namespace, folder: Path):
 
     run(options, options.first_seed, folder)
     config = config_of(options, options.first_seed, folder)
-    return config, load_model(folder / 'model.safetensors'), read_data(config), Split.load(folder / 'split.json')
+    data = read_data(config)
+    if not isinstance(data, TimedData):
+        sys.exit(f'{options.scene} has no common clock: the studies are of time differences')
+    return config, load_model(folder / 'model.safetensors'), data, Split.load(folder / 'split.json')
 
 
 def all_methods(model, data: TimedData, split, test: TimedData) -> dict:
@@ -244,18 +259,16 @@ def all_methods(model, data: TimedData, split, test: TimedData) -> dict:
 
 
 def study_missing(options: argparse.Namespace, folder: Path) -> dict:
-    """Receivers taken away at random, the reference among them where it is drawn: then the next strongest is the reference."""
+    """Receivers taken away at random, the reference never: delays and coherence are relative to it."""
     config, model, data, split = trained(options, folder)
     test = data.take(data.rows(split.test))
 
     def without(count: int) -> TimedData:
         draws = np.random.default_rng(count).uniform(size=test.timed.shape)
-        gone = np.argsort(np.argsort(draws, axis=1), axis=1) < count
-        timed, heard = test.timed & ~gone, test.heard & ~gone
-        levels, snr = (np.where(heard, values, np.nan).astype(np.float32) for values in (test.levels, test.snr))
-        reference = np.where(timed, np.nan_to_num(snr, nan=-np.inf), -np.inf).argmax(axis=1)
-        delay = np.where(timed, test.delay - np.take_along_axis(test.delay, reference[:, None], axis=1), 0.0)
-        return replace(test, timed=timed, levels=levels, snr=snr, reference=reference, delay=delay)
+        draws[np.arange(len(test)), test.reference] = np.inf
+        gone = draws.argsort(axis=1).argsort(axis=1) < count
+        levels, snr = (np.where(gone, np.nan, values).astype(np.float32) for values in (test.levels, test.snr))
+        return replace(test, timed=test.timed & ~gone, levels=levels, snr=snr, delay=np.where(gone, 0.0, test.delay))
 
     return {str(count): point(folder, f'missing-{count}', lambda gone=count: all_methods(model, data, split, without(gone))) for count in range(5)}
 
@@ -276,21 +289,15 @@ def study_snr(options: argparse.Namespace, folder: Path) -> dict:
 
 def study_size(options: argparse.Namespace, folder: Path) -> dict:
     """Fewer training sources, in a scene that is the same but for that."""
-    from heimdall_train.scene import load_scene
-
-    original, points = Path(str(load_scene(options.scene).name)), {}
-    text = (Path(yaml_of(options.scene))).read_text()
+    points, values = {}, yaml.safe_load(yaml_of(options.scene).read_text())
     for count in (250, 500, 1000, 3000, 12_000):
-        values = yaml.safe_load(text)
-        values['sources']['train'] = count
-        path = options.out / 'scenes' / f'{original}-{count}.yaml'
+        name = f'{name_of(options)}-size-{count}'
+        path = options.out / 'scenes' / f'{name}.yaml'
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(values))
-        epochs = min(40, round(options.epochs * (12_000 / count) ** 0.5))
-        points[str(count)] = point(
-            folder, f'size-{count}',
-            lambda at=path, n=epochs, of=count: methods_of(run(options, options.first_seed, options.out / f'size-{of}', scene=str(at), epochs=n)['evaluation']),
-        )  # fmt: skip
+        path.write_text(yaml.safe_dump({**values, 'sources': {**values['sources'], 'train': count}}))
+        fewer = {'scene': str(path), 'epochs': min(40, round(options.epochs * (12_000 / count) ** 0.5))}
+        metrics = run(options, options.first_seed, options.out / f'{name}-{options.first_seed}', **fewer)
+        points[str(count)] = methods_of(metrics['evaluation'])
     return points
 
 

@@ -8,17 +8,14 @@ __all__ = ['GRID_CELLS', 'FOLDS', 'BLOCK_M', 'LEVEL_SOURCES', 'train', 'evaluate
 # %% ../nbs/90_pipeline.ipynb #91ef787b
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
-from threadpoolctl import threadpool_limits
 
 from .bounds import scene_bound
 from .catalog import Catalog
@@ -168,8 +165,8 @@ def _prepare_timed(config: Config, training: TimedData, validation: TimedData, f
     import torch
 
     from heimdall_train.anchor import choose_kriging, fit_level_anchor, position_grid
-    from heimdall_train.expected_levels import ExpectedLevels, LevelSurvey, Surveyed, fit_level_maps
-    from heimdall_train.tdoa import DelayNoise, ExcessMaps, ExcessSurvey, TdoaAnchor, fit_excess_maps
+    from heimdall_train.expected_levels import ExpectedLevels, LevelSurvey, Surveyed, cross_fit_levels, fit_level_maps
+    from heimdall_train.tdoa import DelayNoise, ExcessKriging, ExcessMaps, ExcessSurvey, TdoaAnchor, cross_fit_tdoa, fit_excess_maps
     from heimdall_train.timed_model import TimedNet, timed_statistics
 
     started, network = time.perf_counter(), training.network
@@ -183,47 +180,45 @@ def _prepare_timed(config: Config, training: TimedData, validation: TimedData, f
         rows = _some(len(sources), config.seed)
         return fit_level_anchor(sources.enu(frame)[rows], sources.levels[rows], receivers[:, :2], grid, kriging)
 
-    def surveyed(sources: TimedData, excess: ExcessMaps | None = None, levels: tuple[float, ExcessMaps] | None = None):
-        "Maps of times and levels, with the hyper-parameters of others or with their own; and the path-loss exponent."
-        exponent, like = levels or (None, None)
-        times = ExcessSurvey(sources.enu(frame), sources.delay, sources.snr, sources.timed, receivers, noise, height, sources.source_error)
-        strengths = LevelSurvey(sources.enu(frame), sources.levels, sources.snr, receivers, height, exponent)
-        return fit_excess_maps(times, excess.kriging if excess else None), fit_level_maps(strengths, like), strengths.exponent
+    def sessions(sources: TimedData) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return sources.enu(frame), sources.delay, sources.snr, sources.timed
 
-    def anchor_with(excess: ExcessMaps, levels: ExcessMaps, exponent: float) -> Surveyed:
+    def level_survey(sources: TimedData, exponent: float | None = None) -> LevelSurvey:
+        return LevelSurvey(sources.enu(frame), sources.levels, sources.snr, receivers, height, exponent)
+
+    def anchor_with(excess: ExcessMaps, levels: ExcessMaps) -> Surveyed:
         return Surveyed(TdoaAnchor(receivers, excess, noise, height), ExpectedLevels(receivers, levels, exponent, height))
 
-    maps = surveyed(training)
-    like = maps[0], (maps[2], maps[1])
-    parts = [training.take(np.flatnonzero(folds != fold)) for fold in range(folds.max() + 1)]
-    anchors = [anchor_with(*fitted) for fitted in _together(lambda part: surveyed(part, *like), parts)]
+    def excess_maps(sources: TimedData, kriging: ExcessKriging | None = None) -> ExcessMaps:
+        return fit_excess_maps(ExcessSurvey(*sessions(sources), receivers, noise, height, sources.source_error), kriging)
+
+    strengths = level_survey(training)
+    excess, levels, exponent = excess_maps(training), fit_level_maps(strengths), strengths.exponent
+    times = cross_fit_tdoa(*sessions(training), receivers, folds, noise, height, training.source_error, excess.kriging)
+    expected = cross_fit_levels(training.enu(frame), training.levels, training.snr, receivers, folds, levels, exponent, height)
+    anchors = [Surveyed(*pair) for pair in zip(times, expected, strict=True)]
 
     def refit(model, sources: TimedData) -> None:
-        model.anchor = anchor_with(*surveyed(sources, *like))
+        model.anchor = anchor_with(excess_maps(sources, excess.kriging), fit_level_maps(level_survey(sources, exponent), levels))
         model.level_anchor = of_levels(sources)
 
-    excess, levels = maps[0].kriging, maps[1].kriging
+    of_excess, of_level = excess.kriging, levels.kriging
     say(
-        f'maps of {int(maps[0].known.sum())} receivers kriged: excess path {excess.deviation:.0f} m over {excess.length:.0f} m, '
-        f'level {levels.deviation:.1f} dB over {levels.length:.0f} m ({time.perf_counter() - started:.0f} s)'
+        f'maps of {int(excess.known.sum())} receivers kriged: excess path {of_excess.deviation:.0f} m over {of_excess.length:.0f} m, '
+        f'level {of_level.deviation:.1f} dB over {of_level.length:.0f} m ({time.perf_counter() - started:.0f} s)'
     )
     torch.manual_seed(config.seed)
     statistics = timed_statistics(training, frame)
-    model = TimedNet(network, frame, anchor_with(*maps), of_levels(training), statistics, training.sample_rate, training.samples)
-    settings = {f'excess_{name}_m': float(value) for name, value in vars(excess).items()}
-    settings |= {'level_length_m': levels.length, 'level_deviation_db': levels.deviation, 'level_nugget_db': levels.nugget, 'path_loss_exponent': maps[2]}
+    model = TimedNet(network, frame, anchor_with(excess, levels), of_levels(training), statistics, training.sample_rate, training.samples)
+    settings = {f'excess_{name}_m': float(value) for name, value in vars(of_excess).items()}
+    settings |= {'level_length_m': of_level.length, 'level_deviation_db': of_level.deviation, 'level_nugget_db': of_level.nugget}
+    settings['path_loss_exponent'] = exponent
     return model, anchors, validation, settings, refit
 
 
 def _some(count: int, seed: int) -> np.ndarray:
     "At most `LEVEL_SOURCES` of so many rows, drawn by seed."
     return np.random.default_rng(seed).permutation(count)[:LEVEL_SOURCES]
-
-
-def _together(call: Callable, parts: list) -> list:
-    "Call with each part, as many at once as there are cores: kriging spends its time in LAPACK, which needs no interpreter."
-    with threadpool_limits(1, 'blas'), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(call, parts))
 
 # %% ../nbs/90_pipeline.ipynb #b028da0b
 def _frame(data: LevelData, test_ids):

@@ -7,18 +7,22 @@ __all__ = ['EARTH_RADIUS', 'START_CELLS', 'START_MARGIN', 'STARTS', 'START_DISTA
            'EXCLUDED_COST', 'NEIGHBOURS', 'OUTLIER_SQUARE', 'MINIMUM_PLACES', 'SWEEPS', 'FINENESS', 'MAP_CELLS',
            'DelayNoise', 'delay_variance', 'ExcessKriging', 'ExcessMaps', 'constant_maps', 'TdoaFix', 'Linearisation',
            'SurveyedArea', 'TdoaAnchor', 'Neighbourhood', 'excess_covariance', 'neighbourhoods', 'Departures',
-           'ExcessSurvey', 'choose_excess_kriging', 'fit_excess_maps', 'fit_tdoa_anchor', 'cross_fit_tdoa']
+           'ExcessSurvey', 'choose_excess_kriging', 'fit_excess_maps', 'fit_tdoa_anchor', 'for_each_fold',
+           'cross_fit_tdoa']
 
 # %% ../nbs/46_tdoa.ipynb #8f2b5376
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from scipy.spatial import cKDTree
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch._higher_order_ops.scan import scan
 
@@ -664,6 +668,15 @@ def fit_tdoa_anchor(
     return TdoaAnchor(receivers, fit_excess_maps(survey, kriging), noise, source_height, height_deviation)
 
 # %% ../nbs/46_tdoa.ipynb #74cfd406
+def for_each_fold(
+    fit: Callable[[int], Any],  # called with the number of the fold that is left out
+    folds: np.ndarray,  # fold of each source, 0 … F − 1, shape (N,)
+) -> list:  # what it returns, in the order of the folds
+    "Fit once a fold, as many at a time as there are cores: kriging spends its time in LAPACK, which lets other threads run."
+    with threadpool_limits(1, 'blas'), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(fit, range(int(folds.max()) + 1)))
+
+
 def cross_fit_tdoa(
     positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
     delay: np.ndarray,  # seconds after the reference, anything where not timed, shape (N, R)
@@ -678,10 +691,11 @@ def cross_fit_tdoa(
     height_deviation: float = 0.0,  # metres, how well a source's height is known
 ) -> list[TdoaAnchor]:
     "One anchor a fold, fitted on the sources of the other folds."
-    anchors = []
-    for fold in range(int(folds.max()) + 1):
+
+    def without(fold: int) -> TdoaAnchor:
         others = folds != fold
         error = None if source_error is None else np.asarray(source_error)[others]
         sessions = positions[others], delay[others], snr[others], timed[others]
-        anchors.append(fit_tdoa_anchor(*sessions, receivers, noise, source_height, error, kriging, height_deviation))
-    return anchors
+        return fit_tdoa_anchor(*sessions, receivers, noise, source_height, error, kriging, height_deviation)
+
+    return for_each_fold(without, folds)
