@@ -1,5 +1,4 @@
-"""The baselines on made-up levels, and on the measured test bed within their time and their errors."""
-import time
+"""The baselines on made-up levels, and on the measured test bed with the errors that they should have."""
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +101,8 @@ def test_measured_levels(powder: Path):
     law = fit_path_loss(levels[train], positions[train], receivers)
     assert 2.3 < law.exponent < 2.9 and 6 < law.deviation < 8  # 2.6 and 6.9 dB are fitted to all rows
 
-    start = time.perf_counter()
     results = run_baselines((levels[train], positions[train]), (levels[validation], positions[validation]), levels[test], receivers)
-    seconds = time.perf_counter() - start
     means = {name: evaluate_positions(positions[test], result.positions, result.covariance)['mean_m'] for name, result in results.items()}
     assert means['mean'] == pytest.approx(539, abs=3)
     assert means['levels_kriged'] < 155 and means['knn'] < 172 and means['extra_trees'] < 172
     assert means['levels_kriged'] < min(means['knn'], means['extra_trees']) < means['logdistance'] < means['centroid'] < means['mean']
-    assert seconds < 240  # about 40 s on two free cores

@@ -1,6 +1,5 @@
 """Level tables through the catalog: the measured one without losing a row or a bit, a large one in little memory."""
 import csv
-import time
 import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,13 +13,9 @@ from heimdall_train.store import Recording, Session, Source, open_store
 
 def test_the_powder_table_comes_back_identical(powder: Path, tmp_path: Path):
     catalog, store = Catalog(tmp_path / 'catalog.db'), open_store(tmp_path / 'store')
-    begun = time.process_time()
     report = ingest_levels(powder / 'levels.csv', catalog, store)
-    ingested = time.process_time()
     sessions = list(catalog.sessions())
-    read = time.process_time()
     assert (report.dataset, report.sessions, report.rejects) == ('powder_frs', 4138, ())
-    assert ingested - begun < 10 and read - ingested < 6, 'twice what it should take'
 
     with open(powder / 'levels.csv', newline='') as file:
         rows = {row['session_id']: row for row in csv.DictReader(file)}
