@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .disagreement import disagreement
+from .geodesy import SPEED_OF_LIGHT
 from .iq_features import stack_sessions
 from .model import LocalizationNet
 from .model_files import Model
@@ -41,7 +43,7 @@ def _outputs(model: Model, position: torch.Tensor, covariance: torch.Tensor) -> 
 class LevelGraph(nn.Module):
     "A model of levels with the outputs of its hand-over."
 
-    inputs = ('levels', 'heard')
+    inputs, outputs = ('levels', 'heard'), OUTPUTS
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class LevelGraph(nn.Module):
 class RecordingGraph(nn.Module):
     "A model of recordings with the outputs of its hand-over."
 
-    inputs = ('iq', 'heard', 'start_offset', 'clock_error')
+    inputs, outputs = ('iq', 'heard', 'start_offset', 'clock_error'), (*OUTPUTS, 'late', 'late_sigma')
 
     def __init__(
         self,
@@ -77,9 +79,12 @@ class RecordingGraph(nn.Module):
         heard: torch.Tensor,  # 1 where heard, shape (B, R)
         start_offset: torch.Tensor,  # seconds, float64, shape (B, R)
         clock_error: torch.Tensor,  # seconds, float64, NaN where not disciplined, shape (B, R)
-    ) -> tuple[torch.Tensor, ...]:  # position, position_enu, sigma, covariance
-        "Degrees, metres, and how sure."
-        return _outputs(self.model, *self.model.from_iq(iq, heard, start_offset, clock_error))
+    ) -> tuple[torch.Tensor, ...]:  # position, position_enu, sigma, covariance, late, late_sigma
+        "Degrees, metres, how sure, and who disagrees."
+        inputs = self.model.measure(iq, heard, start_offset, clock_error)
+        fix = self.model.locate(self.model.anchor, inputs)
+        found = disagreement(fix)
+        return *_outputs(self.model, *self.model.correct(inputs, fix)), *((value / SPEED_OF_LIGHT).float() for value in found)
 
 
 def hand_over(
@@ -123,7 +128,7 @@ def export_onnx(
             graph,
             example,
             input_names=graph.inputs,
-            output_names=OUTPUTS,
+            output_names=graph.outputs,
             dynamo=True,
             opset_version=18,
             dynamic_shapes={name: {0: batch} for name in graph.inputs},
@@ -132,6 +137,7 @@ def export_onnx(
         )
     assert program is not None  # only without dynamo
     proto = program.model_proto
+    _forget_traces(proto.graph)
     _store_as_half(proto)
     values = {
         'receivers': [
@@ -165,6 +171,15 @@ class _quiet:
 
     def __exit__(self, *_):
         logging.disable(self.before)
+
+
+def _forget_traces(graph) -> None:
+    "Remove what the exporter writes of each node's origin: megabytes, with the paths of this machine."
+    for node in graph.node:
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            if attribute.HasField('g'):
+                _forget_traces(attribute.g)
 
 
 def _store_as_half(proto) -> None:
@@ -244,9 +259,10 @@ def write_bundle(
         raise HeimdallError(
             f'the exported graph differs from the model: {differences}; allowed are {PARITY_METRES} m and {PARITY_SIGMA:.1%} of σ'
         )
+    contract = {'inputs': list(inputs), 'outputs': _output_names(session)}
     files = {
         'model.onnx': serialised,
-        'model.json': json.dumps({'inputs': list(inputs), 'outputs': OUTPUTS, 'parity': differences, **_metadata(serialised)}, indent=1).encode(),
+        'model.json': json.dumps({**contract, 'parity': differences, **_metadata(serialised)}, indent=1).encode(),
         'MODEL_CARD.md': card.encode(),
         **_sample(session, {name: values[:1] for name, values in inputs.items()}),
     }
@@ -272,15 +288,21 @@ def _metadata(serialised: bytes) -> dict:
     return values
 
 
+def _output_names(session) -> list[str]:
+    "Outputs of a graph."
+    return [output.name for output in session.get_outputs()]
+
+
 def _sample(session, inputs: dict[str, np.ndarray]) -> dict[str, bytes]:
     "Files with a session and the graph's answer to it; samples of recordings as raw little-endian float32."
-    answer = session.run(list(OUTPUTS), inputs)
+    names = _output_names(session)
+    answer = session.run(names, inputs)
     values: dict[str, object]
     files, values = {}, {name: _plain(value) for name, value in inputs.items() if name != 'iq'}
     if 'iq' in inputs:
         files['sample.iq.f32'] = inputs['iq'].astype('<f4').tobytes()
         values['iq'] = {'file': 'sample.iq.f32', 'shape': list(inputs['iq'].shape)}
-    values |= {name: value.tolist() for name, value in zip(OUTPUTS, answer, strict=True)}
+    values |= {name: value.tolist() for name, value in zip(names, answer, strict=True)}
     return {'sample.json': json.dumps(values, indent=1).encode(), **files}
 
 
@@ -295,7 +317,8 @@ def read_sample(
     "The sample session of a bundle, and the answer that it must get."
     folder = Path(folder)
     values = json.loads((folder / 'sample.json').read_text())
-    answer = {name: np.array(values.pop(name)) for name in OUTPUTS}
+    inputs_of_graph = {*LevelGraph.inputs, *RecordingGraph.inputs}
+    answer = {name: np.array(values.pop(name)) for name in set(values) - inputs_of_graph}
     inputs = {}
     for name, value in values.items():
         if name == 'iq':

@@ -585,7 +585,8 @@ def predict(
         batches = (_recorded_inputs(sessions[start : start + 16], network) for start in range(0, len(sessions), 16))
     answers: list[dict] = []
     for inputs in batches:
-        position, covariance = located.answer(inputs)
+        answer = located.answer(inputs)
+        position, covariance, slipped = answer['position'], answer['covariance'], _slipped(answer, network)
         heard = (inputs['heard'] > 0) & known
         timed = heard & ~np.isnan(inputs['clock_error']) if 'clock_error' in inputs else heard
         for row in range(len(position)):
@@ -598,7 +599,7 @@ def predict(
                     'sigma_north_m': float(covariance[row, 1, 1] ** 0.5),
                     'covariance_east_north_m2': float(covariance[row, 0, 1]),
                     'heard': int(heard[row].sum()),
-                    'note': _note(int(heard[row].sum()), int(timed[row].sum())),
+                    'note': _note(int(heard[row].sum()), int(timed[row].sum())) or slipped[row],
                 }
             )
     return answers, rejects
@@ -611,6 +612,23 @@ def _note(heard: int, timed: int) -> str:
     if timed < MINIMUM_TIMED:
         return f'{timed} receivers with a disciplined clock; three are needed for time differences: located by levels'
     return ''
+
+
+def _slipped(answer: dict[str, np.ndarray], network: Network) -> list[str]:
+    "What to say of each session about the receiver whose clock the others do not believe; nothing where there is none."
+    import torch
+
+    from heimdall_train.disagreement import Disagreement, suspect
+
+    if 'late' not in answer:
+        return [''] * len(answer['position'])
+    late, deviation = answer['late'], answer['late_sigma']
+    notes = []
+    for row, place in enumerate(suspect(Disagreement(torch.from_numpy(late), torch.from_numpy(deviation))).tolist()):
+        size, sigma = 1e6 * late[row, place], 1e6 * deviation[row, place]
+        named = f'{network.names[place]} is {abs(size):.2f} ± {sigma:.2f} µs {"late" if size > 0 else "early"} by the fix of the others: is its clock right?'
+        notes.append(named if place >= 0 else '')
+    return notes
 
 
 def _recordings_to_locate(table: str | Path, located: '_Located', allow_rejects: bool) -> tuple[list[Session], list]:
@@ -660,7 +678,7 @@ class _Located(NamedTuple):
     known: np.ndarray  # receivers that count, bool, shape (R,)
     sample_rate: float | None  # of the recordings; None for levels
     samples: int | None
-    answer: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]  # inputs of the graph → degrees (B, 2), covariance in m² (B, 2, 2)
+    answer: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # inputs of the graph → its outputs, by name
 
 
 def _located(path: Path) -> _Located:
@@ -677,7 +695,7 @@ def _located(path: Path) -> _Located:
         def by_torch(inputs):
             with torch.inference_mode():
                 outputs = module(**{name: torch.from_numpy(values) for name, values in inputs.items()})
-            return outputs[0].numpy(), outputs[3].numpy()
+            return {name: values.numpy() for name, values in zip(module.outputs, outputs, strict=True)}
 
         rate, samples = getattr(model, 'sample_rate', None), getattr(model, 'samples', None)
         return _Located(model.network, model.known.numpy() > 0, rate, samples, by_torch)
@@ -691,8 +709,8 @@ def _located(path: Path) -> _Located:
             {'name': str(path), 'source_height': description['source_height'], 'receivers': description['receivers']}
         )
         session = onnx_session(path / 'model.onnx')
-        rate, samples = description.get('sample_rate'), description.get('samples')
-        return _Located(network, known, rate, samples, lambda inputs: tuple(session.run(['position', 'covariance'], inputs)))
+        rate, samples, outputs = description.get('sample_rate'), description.get('samples'), description['outputs']
+        return _Located(network, known, rate, samples, lambda inputs: dict(zip(outputs, session.run(outputs, inputs), strict=True)))
     raise HeimdallError(f'{path}: neither a run folder with model.safetensors nor a bundle with model.json: train first, or give --model')
 
 # %% ../nbs/90_pipeline.ipynb #f53a064b

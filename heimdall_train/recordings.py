@@ -172,12 +172,13 @@ def simulate_sessions(
     part: str,  # train, validation or test
     seed: int = 0,  # of what varies; the test part uses the scene's own test seed
     numbers: Sequence[int] | np.ndarray | None = None,  # of the sessions in their part, all of them by default
+    repeat: int = 0,  # which recording of each source; more than 0: another one, later
 ) -> Iterator[Session]:  # in the order of the numbers; one that nobody hears has no recordings
     "Sessions with the samples of the receivers that hear them, made one after another as they are asked for."
     wanted = np.arange(session_count(scene, part)) if numbers is None else np.asarray(numbers, dtype=int).reshape(-1)
     names = scene_world(scene).network.names
     for block in np.array_split(wanted, max(1, math.ceil(len(wanted) / 256))):
-        truth = session_truth(scene, part, seed, block)
+        truth = session_truth(scene, part, seed, block, repeat)
         for row in range(len(block)):
             yield session_of(scene, part, truth, row, _recordings(scene, part, seed, truth, row, names))
 
@@ -185,7 +186,7 @@ def simulate_sessions(
 def _recordings(scene: Scene, part: str, seed: int, truth: SessionTruth, row: int, names: list[str]) -> tuple[Recording, ...]:
     "Recordings of the receivers that hear one session."
     assert scene.radio is not None and scene.clock is not None  # the truth is of a scene with a radio
-    generator = session_generator(scene, part, seed, int(truth.numbers[row])).spawn(1)[0]
+    generator = session_generator(scene, part, seed, int(truth.numbers[row]), truth.repeat).spawn(1)[0]
     signal, rest = signal_and_rest(scene, truth, row, generator)
     signal += rest
     return tuple(

@@ -23,6 +23,7 @@ _OF_SESSION = ('east', 'north', 'power', 'fault', 'fault_size', 'fault_sign')  #
 _OF_RECORDING = ('phase', 'diffuse_phase', 'diffuse_delay', 'start', 'interfered', 'interference', 'share', 'impulsive', 'faulty')  # uniform
 _OF_RECORDING_NORMAL = ('level', 'clock', 'frequency')
 _OF_SESSION_NORMAL = ('gps_east', 'gps_north')
+_OF_SOURCE = ('east', 'north', 'power', 'gps_east', 'gps_north')  # the same in each of its recordings
 
 
 def session_generator(
@@ -30,17 +31,19 @@ def session_generator(
     part: str,  # train, validation or test
     seed: int,  # of what varies; the test part uses the scene's own test seed
     number: int,  # of the session in its part
+    repeat: int = 0,  # which recording of its source; more than 0: another one, later
 ) -> np.random.Generator:  # the same for the same arguments
     "The random stream of one session."
-    return np.random.default_rng([scene.seed, 1 + PARTS.index(part), scene.test_seed if part == 'test' else seed, number])
+    stream = [scene.seed, 1 + PARTS.index(part), scene.test_seed if part == 'test' else seed, number]
+    return np.random.default_rng([*stream, repeat] if repeat else stream)
 
 
-def _draws(scene: Scene, part: str, seed: int, numbers: np.ndarray, receivers: int) -> dict[str, np.ndarray]:
+def _draws(scene: Scene, part: str, seed: int, numbers: np.ndarray, receivers: int, repeat: int) -> dict[str, np.ndarray]:
     "Uniform and normal numbers of some sessions by name, of shape (N,) or (N, R)."
     uniform = np.empty((len(numbers), len(_OF_SESSION) + len(_OF_RECORDING) * receivers))
     normal = np.empty((len(numbers), len(_OF_SESSION_NORMAL) + len(_OF_RECORDING_NORMAL) * receivers))
     for row, number in enumerate(numbers.tolist()):
-        generator = session_generator(scene, part, seed, number)
+        generator = session_generator(scene, part, seed, number, repeat)
         generator.random(out=uniform[row])
         generator.standard_normal(out=normal[row])
     drawn: dict[str, np.ndarray] = {}
@@ -48,6 +51,9 @@ def _draws(scene: Scene, part: str, seed: int, numbers: np.ndarray, receivers: i
         drawn |= {name: values[:, place].copy() for place, name in enumerate(of_session)}
         blocks = values[:, len(of_session) :].reshape(len(numbers), len(of_recording), receivers)
         drawn |= {name: blocks[:, place].copy() for place, name in enumerate(of_recording)}
+    if repeat:
+        first = _draws(scene, part, seed, numbers, receivers, 0)
+        drawn |= {name: first[name] for name in _OF_SOURCE}
     return drawn
 
 # %% ../nbs/25_simulation.ipynb #b1af8616
@@ -137,6 +143,7 @@ class SessionTruth:
     interference_db: np.ndarray  # power over the noise while it lasts, NaN without, shape (N, R)
     interference_share: np.ndarray  # of the time, shape (N, R)
     impulsive: np.ndarray  # whether the interference is, shape (N, R)
+    repeat: int  # which recording of each source
 
     @property
     def path_delay_s(self) -> np.ndarray:  # shape (N, R)
@@ -159,6 +166,7 @@ def session_truth(
     part: str,  # train, validation or test
     seed: int = 0,  # of what varies; the test part uses the scene's own test seed
     numbers: Sequence[int] | np.ndarray | None = None,  # of the sessions in their part, all of them by default; shape (N,)
+    repeat: int = 0,  # which recording of each source; more than 0: another one, with its own fading, clocks and noise
 ) -> SessionTruth:
     "What is true of the sessions of a part, without making samples."
     radio, clock = _radio(scene)
@@ -167,7 +175,7 @@ def session_truth(
     numbers = np.arange(count) if numbers is None else np.asarray(numbers, dtype=int).reshape(-1)
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < count):
         raise HeimdallError(f'scene {scene.name}: sessions of the part {part} are numbered from 0 to {count - 1}, not {numbers.min()} to {numbers.max()}')
-    drawn = _draws(scene, part, seed, numbers, len(world.network))
+    drawn = _draws(scene, part, seed, numbers, len(world.network), repeat)
     names, places, power, by_gps = _places(scene, world, part, numbers, drawn)
     latitude, longitude = _geodetic(world.network, places)
     error = np.where(by_gps, scene.survey.gps_error_m if scene.survey else 0.0, 0.0)
@@ -183,6 +191,7 @@ def session_truth(
         numbers, names, places, latitude, longitude, *stated, error, power, distance, _looked_up(world, world.excess, places), snr, heard,
         clock.error_s * drawn['clock'] + fault, fault, clock.start_spread_s * drawn['start'],
         radio.frequency_offset_hz * drawn['frequency'], 2 * np.pi * drawn['phase'], diffuse, diffuse_delay, interference, share, drawn['impulsive'] < 0.5,
+        repeat,
     )  # fmt: skip
 
 
@@ -256,8 +265,9 @@ def session_of(
     "One session of a scene, with what it states of its source."
     number = int(truth.numbers[row])
     source = Source(truth.names[row], float(truth.stated_latitude[row]), float(truth.stated_longitude[row]), scene.source_height_m, float(truth.error_m[row]))
-    start = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=PARTS.index(part), seconds=5 * number)
-    return Session(session_id(part, number), start, source, recordings, scene.frequency_hz)
+    start = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=PARTS.index(part) + len(PARTS) * truth.repeat, seconds=5 * number)
+    identifier = session_id(part, number) + (f'-{truth.repeat}' if truth.repeat else '')
+    return Session(identifier, start, source, recordings, scene.frequency_hz)
 
 
 def simulate_levels(

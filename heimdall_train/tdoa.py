@@ -317,7 +317,7 @@ class TdoaAnchor(SurveyedArea):
         times: int,  # S
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position (B, 2) and emission (B,)
         "The likeliest solution of each session."
-        lines = self.linearise(*(values.repeat(times, 1) for values in (arrival, variance, timed)), position, emission)
+        lines = self.linearise(arrival.repeat(times, 1), variance.repeat(times, 1), timed.repeat(times, 1), position, emission)
         best = lines.unlikeliness.reshape(times, -1).argmin(dim=0, keepdim=True)
         return position.reshape(times, -1, 2).gather(0, torch.stack([best, best], dim=2))[0], emission.reshape(times, -1).gather(0, best)[0]
 
@@ -371,13 +371,13 @@ class TdoaAnchor(SurveyedArea):
         variance = delay_variance(snr, timed, self.constants[1], self.constants[2]) * self.constants[0] ** 2 + self.constants[3] ** 2
         start, emission, posterior = self.start(arrival, variance, timed)
         measured = arrival, variance, timed
-        repeated = [values.repeat(STARTS, 1) for values in measured]
+        repeated = arrival.repeat(STARTS, 1), variance.repeat(STARTS, 1), timed.repeat(STARTS, 1)
         solutions = self.iterate(*repeated, start, emission, self.from_start, torch.ones_like(repeated[2]))
         position, emission = self.likeliest(*measured, *solutions, STARTS)
         receivers = timed.shape[1]
         kept = (1 - torch.eye(receivers, dtype=timed.dtype, device=timed.device))[:, None] + zero[None]
-        others = self.iterate(*(values.repeat(receivers, 1) for values in measured), position.repeat(receivers, 1), emission.repeat(receivers),
-                              self.leaving_out, kept.reshape(-1, receivers))  # fmt: skip
+        each = arrival.repeat(receivers, 1), variance.repeat(receivers, 1), timed.repeat(receivers, 1)
+        others = self.iterate(*each, position.repeat(receivers, 1), emission.repeat(receivers), self.leaving_out, kept.reshape(-1, receivers))
         position, emission = self.likeliest(*measured, torch.cat([position, others[0]]), torch.cat([emission, others[1]]), receivers + 1)
         enough = timed.sum(dim=1) >= 3
         centre = posterior @ self.grid

@@ -213,16 +213,16 @@ class TimedNet(nn.Module):
         inputs = maps, scalars, timed
         return self.correct(inputs, self.locate(self.anchor, inputs))
 
-    def from_iq(
+    def measure(
         self,
         iq: torch.Tensor,  # re full scale, real and imaginary parts, anything where not heard, shape (B, R, 2, T)
         heard: torch.Tensor,  # 1 where heard, shape (B, R)
         start_offset: torch.Tensor,  # seconds from the session's start to the first sample, float64, shape (B, R)
         clock_error: torch.Tensor,  # seconds, known error of the clock, float64, NaN where not disciplined, shape (B, R)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
-        "Position and calibrated covariance from recordings."
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # as `forward` takes them
+        "The inputs of the network, measured in recordings."
         features = self.extractor(iq, heard, start_offset, clock_error)
-        return self(features.maps, features.scalars, features.timed)
+        return features.maps, features.scalars, features.timed
 
     @property
     def known(self) -> torch.Tensor:  # 1 for a receiver that training heard often enough, shape (R,)
@@ -268,6 +268,34 @@ class TimedNet(nn.Module):
         fix: TimedFix,  # from `locate`
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
         "Correct a given fix."
+        late, trust, summary = self.judge(inputs, fix)
+        position, covariance = another_step(fix, late, trust)
+        factor = cholesky_2x2(covariance + torch.eye(2))  # one metre more, so that no fix is beyond doubt
+        position, covariance = self.correction(torch.cat([summary, describe_fix(position, factor, self.extent)], dim=1), position, factor)
+        return position, self.variance_scale * covariance
+
+    def shared(
+        self,
+        inputs: tuple[torch.Tensor, ...],  # as of `forward`
+        fix: TimedFix,  # from `locate`
+    ) -> torch.Tensor:  # metres east and north, shape (B, 2, R)
+        "By how much an error of one deviation of each receiver's map of the excess path moves the answer; 0 for an answer by levels."
+        late, trust, summary = self.judge(inputs, fix)
+        position, covariance = another_step(fix, late, trust)
+        weight = fix.weight * torch.exp(trust)
+        jacobian = fix.jacobian - (weight[:, :, None] * fix.jacobian).sum(dim=1, keepdim=True) / (weight.sum(dim=1)[:, None, None] + 1e-12)
+        moved = covariance @ (weight[:, :, None] * jacobian).transpose(1, 2) * fix.deviation[:, None, :]
+        factor = cholesky_2x2(covariance + torch.eye(2))
+        _, corrected = self.correction(torch.cat([summary, describe_fix(position, factor, self.extent)], dim=1), position, factor)
+        reshape = cholesky_2x2(self.variance_scale * corrected) @ torch.linalg.inv(factor)
+        return reshape @ moved
+
+    def judge(
+        self,
+        inputs: tuple[torch.Tensor, ...],  # as of `forward`
+        fix: TimedFix,  # from `locate`
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # metres late (B, R), logarithm of the trust (B, R), summary (B, 2 · width)
+        "What each receiver's measurements are worth in a session."
         maps, counts, heard = inputs[0].float(), (fix.weight > 0).float(), inputs[1][:, :, 3].float()
         seen = self.narrowed(self.see(maps, counts, heard))
         deviation, factor = fix.variance.clamp(min=1).sqrt(), cholesky_2x2(fix.covariance + torch.eye(2))
@@ -290,10 +318,7 @@ class TimedNet(nn.Module):
         trouble = ((signs(maps, len(self.network)) - self.sign_mean) / self.sign_deviation).clamp(-5, 5)
         session = torch.cat([seen, describe_fix(fix.position, factor, self.extent), fix.session], dim=1)
         late, trust, summary = self.opinions(torch.cat([about, trouble], dim=2), session, counts)
-        position, covariance = another_step(fix, late * deviation, trust)
-        factor = cholesky_2x2(covariance + torch.eye(2))  # one metre more, so that no fix is beyond doubt
-        position, covariance = self.correction(torch.cat([summary, describe_fix(position, factor, self.extent)], dim=1), position, factor)
-        return position, self.variance_scale * covariance
+        return late * deviation, trust, summary
 
     def see(
         self,
