@@ -5,11 +5,12 @@ Claim, to be shown: where the field is hard (`piedmont-field-v1`: fading, interf
 same training sources; its negative log-likelihood is at least 0.3 nat better, and its 90 % ellipse holds 87 to 93 %. On the clean
 `piedmont-sync-v1`: median below 30 m, mean below 42 m, no worse than `tdoa_kriged`, 0.2 nat better.
 
-    python benchmarks/accuracy.py SCENE --seeds 3 --first-seed 0 --out DIR [--scene-seed N] [--test-seed N] [--study missing|snr|size|ablation]
+    python benchmarks/accuracy.py SCENE --seeds 3 --first-seed 0 --out DIR [--scene-seed N] [--test-seed N] [--study STUDY]
 
 One training a seed: simulation (the training draw varies with the seed, the test sources do not), features, maps, network, calibration; then the test
 sessions, once. A seed that is finished is read, not repeated, if its settings are the same; so is each point of a study. `--study` works on the run of
-the first seed and reads its test sessions again: a study describes, it must not choose.
+the first seed and reads its test sessions again: a study describes, it must not choose. The studies: `missing` receivers, `snr`, `size` of the training set,
+`zone` (sources outside it), `repeats` (three recordings of each test source, fused), `faults` (a clock put wrong, and the scene's own bursts), `ablation`.
 DIR/SCENE.json has the means over the seeds as `evaluate --json` prints them, beside `per_seed`; DIR/SCENE.md is the table.
 """
 
@@ -308,6 +309,121 @@ def yaml_of(scene: str) -> Path:
     return Path(scene) if scene.endswith(('.yaml', '.yml')) else Path(heimdall_train.scene.__file__).parent / 'scenes' / f'{scene}.yaml'
 
 
+def simulated(config, data: TimedData, label: str, count: int, sessions: Callable) -> TimedData:
+    """Features of further sessions of the scene, kept in the cache of the run."""
+    from heimdall_train.data import config_scene
+    from heimdall_train.dataset import cached_features, features_digest
+
+    return cached_features(config.cache, features_digest(data.network, [config_scene(config), label]), data.network, sessions, count)
+
+
+def study_zone(options: argparse.Namespace, folder: Path) -> dict:
+    """Sources outside the zone, in five rings about it."""
+    from heimdall_train.data import config_scene
+    from heimdall_train.recordings import simulate_sessions
+
+    config, model, data, split = trained(options, folder)
+    scene, points = config_scene(config), {}
+    half, count = np.array([scene.zone.width_m, scene.zone.height_m]) / 2, min(300, scene.sources['test'])
+
+    def of_ring(ring: int, low: float, high: float) -> dict:
+        generator, places = np.random.default_rng([scene.seed, ring]), []
+        while len(places) < count:
+            place = generator.uniform(-half - high, half + high)
+            if low < np.linalg.norm(np.maximum(np.abs(place) - half, 0)) <= high:
+                places.append(place)
+        test = simulated(config, data, f'ring {ring}', count, lambda: simulate_sessions(scene, 'test', numbers=range(count), at=np.array(places)))
+        return all_methods(model, data, split, test)
+
+    for ring, (low, high) in enumerate(((0, 500), (500, 1000), (1000, 2000), (2000, 4000), (4000, 8000))):
+        label = f'{low / 1000:g} to {high / 1000:g} km outside'
+        points[label] = point(folder, f'zone-{ring}', lambda ring=ring, low=low, high=high: of_ring(ring, low, high))
+    return points
+
+
+def study_repeats(options: argparse.Namespace, folder: Path) -> dict:
+    """One, two and three recordings of each test source, fused; `independent` is what a reader would say who takes the maps' errors for independent too."""
+    from heimdall_train.data import config_scene
+    from heimdall_train.fusion import fuse, fuse_sources
+    from heimdall_train.recordings import simulate_sessions
+    from heimdall_train.training import estimate
+
+    config, model, data, split = trained(options, folder)
+    scene = config_scene(config)
+    count = scene.sources['test']
+
+    def sessions():
+        for repeat in range(3):
+            yield from simulate_sessions(scene, 'test', repeat=repeat)
+
+    repeated = simulated(config, data, 'three recordings', 3 * count, sessions)
+
+    def fused(recordings: int) -> dict:
+        test = repeated.take(np.flatnonzero([identifier.count('-') == 1 or int(identifier.rsplit('-', 1)[1]) < recordings for identifier in repeated.ids]))
+        position, covariance, _, _ = estimate(model, test)
+        together, places = fuse_sources(model, test), test.enu(model.frame)
+        truth, positions, covariances = [], [], []
+        for source in together.sources:
+            rows = np.flatnonzero(test.sources == source)
+            truth.append(places[rows[0]])
+            answer, belief = fuse(position[rows], covariance[rows], np.zeros((len(rows), 2, 1)))
+            positions.append(answer)
+            covariances.append(belief)
+        known = np.array(truth)
+        return {
+            'model': figures(known, together.positions, together.covariances),
+            'independent': figures(known, np.array(positions), np.array(covariances)),
+        }
+
+    return {str(recordings): point(folder, f'repeats-{recordings}', lambda recordings=recordings: fused(recordings)) for recordings in (1, 2, 3)}
+
+
+def study_faults(options: argparse.Namespace, folder: Path) -> dict:
+    """The clock of one receiver put wrong in each test session, never the reference's; then the scene's own bursts, with and without the receivers they hit."""
+    import torch
+
+    from heimdall_train.data import config_scene
+    from heimdall_train.disagreement import disagreement, suspect
+    from heimdall_train.simulation import session_truth
+    from heimdall_train.training import Sessions
+
+    config, model, data, split = trained(options, folder)
+    scene, test = config_scene(config), data.take(data.rows(split.test))
+    truth = session_truth(scene, 'test', numbers=[int(identifier.rsplit('-', 1)[1]) for identifier in test.ids])
+    own = np.arange(test.timed.shape[1]) == test.reference[:, None]
+    sound = (truth.clock_fault_s == 0).all(axis=1) & (test.timed.sum(axis=1) >= 5)
+    generator = np.random.default_rng(0)
+    chosen = np.arange(test.timed.shape[1]) == np.where(test.timed & ~own, generator.random(own.shape), -1.0).argmax(axis=1)[:, None]
+    sign = np.where(generator.random((len(test), 1)) < 0.5, -1.0, 1.0)
+
+    def without(part: TimedData, gone: np.ndarray) -> TimedData:
+        levels, snr = (np.where(gone, np.nan, values).astype(np.float32) for values in (part.levels, part.snr))
+        return replace(part, timed=part.timed & ~gone, levels=levels, snr=snr, delay=np.where(gone, 0.0, part.delay))
+
+    def with_fault(size: float) -> dict:
+        part = replace(test, delay=test.delay + 1e-6 * size * sign * chosen).take(np.flatnonzero(sound))
+        samples, named = Sessions(part, model), []
+        with torch.inference_mode():
+            for start in range(0, len(samples), 64):
+                session = samples.take(slice(start, start + 64))
+                named.append(suspect(disagreement(model.locate(model.anchor, session))).numpy())
+        which, faulty = np.concatenate(named), chosen.argmax(axis=1)[sound]
+        shares = {'named': float((which == faulty).mean()), 'another_named': float(((which >= 0) & (which != faulty)).mean())}
+        return {method: {**values, **shares} for method, values in all_methods(model, data, split, part).items()}
+
+    points = {f'{size:g} µs': point(folder, f'faults-{size:g}', lambda size=size: with_fault(size)) for size in (0, 0.3, 1, 3, 10, 30, 100)}
+    clean = test.take(np.flatnonzero(sound))
+    points['without that receiver'] = point(folder, 'faults-without', lambda: all_methods(model, data, split, without(clean, chosen[sound])))
+    hit = (truth.interference_share > 0) & test.timed & ~own
+    rows = np.flatnonzero(sound & hit.any(axis=1) & ((test.timed & ~hit).sum(axis=1) >= 4))
+    if len(rows):
+        points['bursts'] = point(folder, 'faults-bursts', lambda: all_methods(model, data, split, test.take(rows)))
+        points['bursts, without the receivers hit'] = point(
+            folder, 'faults-bursts-without', lambda: all_methods(model, data, split, without(test.take(rows), hit[rows]))
+        )
+    return points
+
+
 def study_ablation(options: argparse.Namespace, folder: Path) -> dict:
     """The network with something taken away, trained anew on the same sessions."""
     config, model, data, split = trained(options, folder)
@@ -376,6 +492,9 @@ STUDIES: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
     'missing': study_missing,
     'snr': study_snr,
     'size': study_size,
+    'zone': study_zone,
+    'repeats': study_repeats,
+    'faults': study_faults,
     'ablation': study_ablation,
 }
 
@@ -383,11 +502,14 @@ STUDIES: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
 def study_markdown(study: str, points: dict) -> str:
     """A row a point and method."""
     lines = [f'\n## {study}', '', '| point | method | n | median m | mean m | p95 m | NLL nat | 90 % ellipse |', '|---|---|---:|---:|---:|---:|---:|---:|']
+    if any('named' in values for methods in points.values() for values in methods.values()):
+        lines[2:] = [f'{line} {more} |' for line, more in zip(lines[2:], ('faulty one named / another', '---:'))]
     for label, methods in points.items():
         for name, values in methods.items():
             belief = [f'{values["nll"]:.2f}', f'{values["coverage"]["90"]:.3f}'] if values.get('nll') is not None else ['–', '–']
             distances = [f'{values[key]:.1f}' for key in ('median_m', 'mean_m', 'p95_m')]
-            lines.append(f'| {label} | {name} | {values.get("n", "")} | {" | ".join([*distances, *belief])} |')
+            shares = [f'{values["named"]:.3f} / {values["another_named"]:.3f}'] if 'named' in values else []
+            lines.append(f'| {label} | {name} | {values.get("n", "")} | {" | ".join([*distances, *belief, *shares])} |')
     return '\n'.join(lines)
 
 

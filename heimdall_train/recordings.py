@@ -173,13 +173,14 @@ def simulate_sessions(
     seed: int = 0,  # of what varies; the test part uses the scene's own test seed
     numbers: Sequence[int] | np.ndarray | None = None,  # of the sessions in their part, all of them by default
     repeat: int = 0,  # which recording of each source; more than 0: another one, later
+    at: np.ndarray | None = None,  # metres east and north, places for the sources other than those drawn; shape (N, 2)
 ) -> Iterator[Session]:  # in the order of the numbers; one that nobody hears has no recordings
     "Sessions with the samples of the receivers that hear them, made one after another as they are asked for."
     wanted = np.arange(session_count(scene, part)) if numbers is None else np.asarray(numbers, dtype=int).reshape(-1)
     names = scene_world(scene).network.names
-    for block in np.array_split(wanted, max(1, math.ceil(len(wanted) / 256))):
-        truth = session_truth(scene, part, seed, block, repeat)
-        for row in range(len(block)):
+    for rows in np.array_split(np.arange(len(wanted)), max(1, math.ceil(len(wanted) / 256))):
+        truth = session_truth(scene, part, seed, wanted[rows], repeat, None if at is None else at[rows])
+        for row in range(len(rows)):
             yield session_of(scene, part, truth, row, _recordings(scene, part, seed, truth, row, names))
 
 

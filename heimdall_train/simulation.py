@@ -167,6 +167,7 @@ def session_truth(
     seed: int = 0,  # of what varies; the test part uses the scene's own test seed
     numbers: Sequence[int] | np.ndarray | None = None,  # of the sessions in their part, all of them by default; shape (N,)
     repeat: int = 0,  # which recording of each source; more than 0: another one, with its own fading, clocks and noise
+    at: np.ndarray | None = None,  # metres east and north, places for the sources other than those drawn, perhaps outside the zone; shape (N, 2)
 ) -> SessionTruth:
     "What is true of the sessions of a part, without making samples."
     radio, clock = _radio(scene)
@@ -177,6 +178,7 @@ def session_truth(
         raise HeimdallError(f'scene {scene.name}: sessions of the part {part} are numbered from 0 to {count - 1}, not {numbers.min()} to {numbers.max()}')
     drawn = _draws(scene, part, seed, numbers, len(world.network), repeat)
     names, places, power, by_gps = _places(scene, world, part, numbers, drawn)
+    places = places if at is None else at
     latitude, longitude = _geodetic(world.network, places)
     error = np.where(by_gps, scene.survey.gps_error_m if scene.survey else 0.0, 0.0)
     stated = _geodetic(world.network, places + error[:, None] * np.stack([drawn['gps_east'], drawn['gps_north']], axis=1))
