@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument('--first-seed', type=int, default=0)
     parser.add_argument('--scene-seed', type=int, default=None)
     parser.add_argument('--test-seed', type=int, default=None)
-    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--study', choices=sorted(STUDIES))
     parser.add_argument('--out', type=Path, default=Path('runs/accuracy'))

@@ -391,6 +391,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'heimdall_train.export._quiet.__exit__': ('export.html#_quiet.__exit__', 'heimdall_train/export.py'),
                                        'heimdall_train.export._sample': ('export.html#_sample', 'heimdall_train/export.py'),
                                        'heimdall_train.export._store_as_half': ('export.html#_store_as_half', 'heimdall_train/export.py'),
+                                       'heimdall_train.export.agree': ('export.html#agree', 'heimdall_train/export.py'),
                                        'heimdall_train.export.check_bundle': ('export.html#check_bundle', 'heimdall_train/export.py'),
                                        'heimdall_train.export.export_onnx': ('export.html#export_onnx', 'heimdall_train/export.py'),
                                        'heimdall_train.export.hand_over': ('export.html#hand_over', 'heimdall_train/export.py'),
