@@ -21,14 +21,15 @@ def fuse(
     covariances: np.ndarray,  # m², shape (K, 2, 2)
     shared: np.ndarray,  # metres that one deviation of each receiver's map moves each answer, shape (K, 2, R)
 ) -> tuple[np.ndarray, np.ndarray]:  # position in metres (2,), covariance in m² (2, 2)
-    "The best answer from several, whose errors are shared in part."
-    count = len(positions)
-    joint = np.einsum('iar,jbr->iajb', shared, shared)
-    joint[np.arange(count), :, np.arange(count)] = covariances
-    stacked = np.tile(np.eye(2), (count, 1))
-    weights = np.linalg.solve(joint.reshape(2 * count, 2 * count), stacked)
-    covariance = np.linalg.inv(stacked.T @ weights)
-    return covariance @ weights.T @ positions.reshape(-1), (covariance + covariance.T) / 2
+    "One answer from several, whose errors are shared in part; where more is shared than is stated, everything is."
+    factor = np.linalg.cholesky(covariances)
+    left, sizes, right = np.linalg.svd(np.linalg.solve(factor, shared), full_matrices=False)
+    shared = factor @ (left * np.minimum(sizes, 1)[:, None]) @ right
+    inverse = np.linalg.inv(covariances)
+    weights = np.linalg.solve(inverse.sum(axis=0), inverse)
+    own = covariances - shared @ shared.transpose(0, 2, 1)
+    common = (weights @ shared).sum(axis=0)
+    return (weights @ positions[:, :, None]).sum(axis=0)[:, 0], (weights @ own @ weights.transpose(0, 2, 1)).sum(axis=0) + common @ common.T
 
 # %% ../nbs/72_fusion.ipynb #ba2f32c6
 class Fused(NamedTuple):
