@@ -251,7 +251,7 @@ class TdoaAnchor(SurveyedArea):
         around = max_pool2d(-cost.reshape(-1, 1, self.rows, self.columns), START_WINDOW, 1, START_WINDOW // 2).reshape(cost.shape)
         value, best = torch.where(-cost == around, -cost, torch.full_like(cost, -1e30)).topk(STARTS, dim=1)
         best = torch.where(value > -1e30, best, best[:, :1])  # where there are fewer valleys, the deepest again
-        posterior = torch.softmax(-0.5 * cost, dim=1).double()
+        posterior = torch.softmax(-0.5 * cost.double(), dim=1)  # its sum is one to rounding, so its mean is inside the grid
         return self.grid[best.T.reshape(-1)], emission.gather(1, best).T.reshape(-1).double(), posterior
 
     def linearise(
