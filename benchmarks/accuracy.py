@@ -259,19 +259,23 @@ def all_methods(model, data: TimedData, split, test: TimedData) -> dict:
     }
 
 
+def without(data: TimedData, gone: np.ndarray) -> TimedData:
+    """The sessions without some of their recordings."""
+    levels, snr = (np.where(gone, np.nan, values).astype(np.float32) for values in (data.levels, data.snr))
+    return replace(data, timed=data.timed & ~gone, levels=levels, snr=snr, delay=np.where(gone, 0.0, data.delay))
+
+
 def study_missing(options: argparse.Namespace, folder: Path) -> dict:
     """Receivers taken away at random, the reference never: delays and coherence are relative to it."""
     config, model, data, split = trained(options, folder)
     test = data.take(data.rows(split.test))
 
-    def without(count: int) -> TimedData:
+    def drawn(count: int) -> TimedData:
         draws = np.random.default_rng(count).uniform(size=test.timed.shape)
         draws[np.arange(len(test)), test.reference] = np.inf
-        gone = draws.argsort(axis=1).argsort(axis=1) < count
-        levels, snr = (np.where(gone, np.nan, values).astype(np.float32) for values in (test.levels, test.snr))
-        return replace(test, timed=test.timed & ~gone, levels=levels, snr=snr, delay=np.where(gone, 0.0, test.delay))
+        return without(test, draws.argsort(axis=1).argsort(axis=1) < count)
 
-    return {str(count): point(folder, f'missing-{count}', lambda gone=count: all_methods(model, data, split, without(gone))) for count in range(5)}
+    return {str(count): point(folder, f'missing-{count}', lambda count=count: all_methods(model, data, split, drawn(count))) for count in range(5)}
 
 
 def study_snr(options: argparse.Namespace, folder: Path) -> dict:
@@ -395,10 +399,6 @@ def study_faults(options: argparse.Namespace, folder: Path) -> dict:
     generator = np.random.default_rng(0)
     chosen = np.arange(test.timed.shape[1]) == np.where(test.timed & ~own, generator.random(own.shape), -1.0).argmax(axis=1)[:, None]
     sign = np.where(generator.random((len(test), 1)) < 0.5, -1.0, 1.0)
-
-    def without(part: TimedData, gone: np.ndarray) -> TimedData:
-        levels, snr = (np.where(gone, np.nan, values).astype(np.float32) for values in (part.levels, part.snr))
-        return replace(part, timed=part.timed & ~gone, levels=levels, snr=snr, delay=np.where(gone, 0.0, part.delay))
 
     def with_fault(size: float) -> dict:
         part = replace(test, delay=test.delay + 1e-6 * size * sign * chosen).take(np.flatnonzero(sound))

@@ -1000,6 +1000,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'heimdall_train/timed_model.py'),
                                             'heimdall_train.timed_model.TimedNet.augment': ( 'timed_model.html#timednet.augment',
                                                                                              'heimdall_train/timed_model.py'),
+                                            'heimdall_train.timed_model.TimedNet.conclude': ( 'timed_model.html#timednet.conclude',
+                                                                                              'heimdall_train/timed_model.py'),
                                             'heimdall_train.timed_model.TimedNet.correct': ( 'timed_model.html#timednet.correct',
                                                                                              'heimdall_train/timed_model.py'),
                                             'heimdall_train.timed_model.TimedNet.forward': ( 'timed_model.html#timednet.forward',

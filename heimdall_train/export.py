@@ -175,7 +175,7 @@ class _quiet:
 
 
 def _forget_traces(graph) -> None:
-    "Remove what the exporter writes of each node's origin: megabytes, with the paths of this machine."
+    "Remove what the exporter writes of each node's origin: megabytes, with paths of the machine that it ran on."
     for node in graph.node:
         del node.metadata_props[:]
         for attribute in node.attribute:

@@ -269,10 +269,7 @@ class TimedNet(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
         "Correct a given fix."
         late, trust, summary = self.judge(inputs, fix)
-        position, covariance = another_step(fix, late, trust)
-        factor = cholesky_2x2(covariance + torch.eye(2))  # one metre more, so that no fix is beyond doubt
-        position, covariance = self.correction(torch.cat([summary, describe_fix(position, factor, self.extent)], dim=1), position, factor)
-        return position, self.variance_scale * covariance
+        return self.conclude(summary, *another_step(fix, late, trust))
 
     def shared(
         self,
@@ -285,10 +282,19 @@ class TimedNet(nn.Module):
         weight = fix.weight * torch.exp(trust)
         jacobian = fix.jacobian - (weight[:, :, None] * fix.jacobian).sum(dim=1, keepdim=True) / (weight.sum(dim=1)[:, None, None] + 1e-12)
         moved = covariance @ (weight[:, :, None] * jacobian).transpose(1, 2) * fix.deviation[:, None, :]
-        factor = cholesky_2x2(covariance + torch.eye(2))
-        _, corrected = self.correction(torch.cat([summary, describe_fix(position, factor, self.extent)], dim=1), position, factor)
-        reshape = cholesky_2x2(self.variance_scale * corrected) @ torch.linalg.inv(factor)
-        return reshape @ moved
+        _, concluded = self.conclude(summary, position, covariance)
+        return cholesky_2x2(concluded) @ torch.linalg.inv(cholesky_2x2(covariance + torch.eye(2))) @ moved
+
+    def conclude(
+        self,
+        summary: torch.Tensor,  # from `judge`, shape (B, 2 · width)
+        position: torch.Tensor,  # metres, after the step, shape (B, 2)
+        covariance: torch.Tensor,  # m², of the step, shape (B, 2, 2)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
+        "Correct the step's position, reshape and calibrate its covariance."
+        factor = cholesky_2x2(covariance + torch.eye(2))  # one metre more, so that no fix is beyond doubt
+        position, covariance = self.correction(torch.cat([summary, describe_fix(position, factor, self.extent)], dim=1), position, factor)
+        return position, self.variance_scale * covariance
 
     def judge(
         self,
