@@ -3,17 +3,22 @@ import os
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait leave the cores to others
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "With several processes, a file's tests share one, and so its fixtures; the notebooks are shared out one by one."
-    for item in items:
-        if item.path.name != 'test_notebooks.py':
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class ByFile(LoadScopeScheduling):
+    "A file's tests share a process, and so its fixtures; the notebooks are shared out one by one."
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if 'test_notebooks.py::' in nodeid else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope='session')
