@@ -31,7 +31,7 @@ app.add_typer(ingest_app, name='ingest')
 CatalogOption = Annotated[
     str | None, typer.Option('--catalog', help='Catalog of sessions: an SQLite file or sqlite:///… [default: runs/catalog.db]')
 ]
-StoreOption = Annotated[str | None, typer.Option('--store', help='Store of recordings and tables: a folder [default: runs/store]')]
+StoreOption = Annotated[str | None, typer.Option('--store', help='Store of recordings and tables: a folder or s3://bucket/prefix [default: runs/store]')]
 DatasetOption = Annotated[str | None, typer.Option('--dataset', help='Dataset in the catalog; may be left out where there is only one')]
 SceneOption = Annotated[
     str | None, typer.Option('--scene', help='Simulate this scene on the way, in place of a catalog: a name or a YAML file')
@@ -43,10 +43,10 @@ ResumeOption = Annotated[bool, typer.Option('--resume', help='Go on from the las
 OutOption = Annotated[Path | None, typer.Option('--out', help='Run folder [default: runs/train]')]
 ModelOption = Annotated[Path | None, typer.Option('--model', help='Run folder or bundle to use [default: the run folder]')]
 TestOption = Annotated[
-    Path | None, typer.Option('--test-sessions', help='File with one session id a line [default: hold out whole blocks]')
+    str | None, typer.Option('--test-sessions', help='File with one session id a line [default: hold out whole blocks]')
 ]
 ValidationOption = Annotated[
-    Path | None, typer.Option('--validation-sessions', help='File with one session id a line [default: hold out whole blocks]')
+    str | None, typer.Option('--validation-sessions', help='File with one session id a line [default: hold out whole blocks]')
 ]
 SeedOption = Annotated[int | None, typer.Option('--seed', help='Of blocks, weights, order of samples and drop-out [default: 0]')]
 EpochsOption = Annotated[int | None, typer.Option('--epochs', help='Epochs that the one cycle of the learning rate spans [default: 8]')]
@@ -182,11 +182,11 @@ def simulate(
 
     def call(config):
         from heimdall_train.data import simulate
+        from heimdall_train.object_store import open_store
         from heimdall_train.scene import load_scene
-        from heimdall_train.store import open_store
 
         name = config.dataset or load_scene(scene).name
-        return simulate(scene, config, sessions, _say), name, open_store(config.store).folder / 'scenes' / name
+        return simulate(scene, config, sessions, _say), name, f'{open_store(config.store).root}/scenes/{name}'
 
     counts, name, folder = _run(call, debug, seed=seed, store=store, catalog=catalog, dataset=dataset)
     if as_json:
@@ -194,7 +194,7 @@ def simulate(
     else:
         print(f'dataset {name}: ' + ', '.join(f'{count} {part}' for part, count in counts.items()) + ' sessions')
     where = f'{f" --catalog {catalog}" if catalog else ""}{f" --store {store}" if store else ""}'
-    parts = f'--test-sessions {folder / "test.txt"} --validation-sessions {folder / "validation.txt"}'
+    parts = f'--test-sessions {folder}/test.txt --validation-sessions {folder}/validation.txt'
     _next(f'heimdall-train train{where} --dataset {name} {parts} --out runs/{name}')
 
 

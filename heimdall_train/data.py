@@ -22,10 +22,11 @@ from .features import LevelData, level_data
 from .ingest import IngestReport, ingest_levels
 from .ingest_recordings import RecordingsReport, ingest_recordings
 from .network import HeimdallError, Network
+from .object_store import open_store
 from .recordings import simulate_sessions
 from .scene import PARTS, Scene, load_scene, scene_world
 from .simulation import session_count, session_id, simulate_levels
-from .store import Session, Store, open_store, write_file
+from .store import Session, Store, ahead, write_file
 
 # %% ../nbs/88_data.ipynb #1c128bbf
 def ingest(
@@ -160,8 +161,9 @@ def _simulated(catalog: Catalog, dataset: str, origin: str) -> set[str]:
 
 def _stored(sessions: Iterator[Session], store: Store) -> Iterator[Session]:
     "Put the samples into the store; sessions keep their URIs."
-    for session in sessions:
-        yield replace(
+
+    def put(session: Session) -> Session:
+        return replace(
             session,
             recordings=tuple(
                 replace(recording, iq=None, iq_uri=store.write_recording(session.id, recording.receiver, recording.iq))
@@ -169,6 +171,8 @@ def _stored(sessions: Iterator[Session], store: Store) -> Iterator[Session]:
                 if recording.iq is not None
             ),
         )
+
+    return ahead(put, sessions, store.threads)
 
 
 def _sample_counts(sessions: list[Session], scene: Scene) -> dict[str, int]:
@@ -201,8 +205,9 @@ def read_data(
     if not any(recording.iq_uri for session in sessions for recording in session.recordings):
         return level_data(sessions, network)
     store = open_store(config.store)
+    marks = store.fingerprints(recording.iq_uri for session in sessions for recording in session.recordings if recording.iq_uri)
     parts = (
-        (config.allow_rejects, session.id, session.source, recording, store.fingerprint(recording.iq_uri) if recording.iq_uri else '')
+        (config.allow_rejects, session.id, session.source, recording, marks.get(recording.iq_uri or '', ''))
         for session in sessions
         for recording in session.recordings
     )

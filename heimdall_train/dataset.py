@@ -24,7 +24,7 @@ import numpy as np
 from .features import LevelData
 from .geodesy import Frame
 from .network import HeimdallError, Network
-from .store import Session, Store, explain_os_error, write_file
+from .store import Session, Store, ahead, explain_os_error, write_file
 
 # %% ../nbs/40_dataset.ipynb #0e94d474
 def spatial_blocks(
@@ -315,16 +315,26 @@ def with_samples(
     "Read samples from a store; the first usable recording says rate and length. `HeimdallError` at the end where more than a fifth cannot be used."
     from heimdall_train.iq_features import usable_samples
 
+    def read(session: Session) -> tuple[Session, list[np.ndarray | HeimdallError]]:
+        samples: list[np.ndarray | HeimdallError] = []
+        for recording in session.recordings:
+            try:  # a level without samples stays one
+                samples.append(np.empty(0) if recording.iq_uri is None else usable_samples(store.read_recording(recording.iq_uri), 'it'))
+            except HeimdallError as error:
+                samples.append(error)
+        return session, samples
+
     total = lost = 0
     expected: tuple[float | None, int] | None = None
-    for session in sessions:
+    for session, samples in ahead(read, sessions, store.threads):
         recordings = []
-        for recording in session.recordings:
-            if recording.iq_uri is None:  # a level without samples
+        for recording, iq in zip(session.recordings, samples, strict=True):
+            if recording.iq_uri is None:
                 continue
             total += 1
             try:
-                iq = usable_samples(store.read_recording(recording.iq_uri), 'it')
+                if isinstance(iq, HeimdallError):
+                    raise iq
                 expected = expected or (recording.sample_rate, len(iq))
                 if (recording.sample_rate, len(iq)) != expected:
                     raise HeimdallError(f'{len(iq)} samples at {recording.sample_rate} Hz, the first has {expected[1]} at {expected[0]} Hz')
@@ -334,4 +344,4 @@ def with_samples(
                 report(f'session {session.id}, receiver {recording.receiver} left out: {error}')
         yield replace(session, recordings=tuple(recordings))
     if lost > 0.2 * total and not allow_rejects:
-        raise HeimdallError(f'{lost} of {total} recordings in the store {store.folder} cannot be used: check them, or give --allow-rejects')
+        raise HeimdallError(f'{lost} of {total} recordings in the store {store.root} cannot be used: check them, or give --allow-rejects')

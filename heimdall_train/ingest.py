@@ -21,6 +21,7 @@ from pathlib import Path
 
 from .catalog import Catalog
 from .network import HeimdallError, Network, validate_coordinates
+from .object_store import read_uri
 from .store import Recording, Session, Source, Store, explain_os_error
 
 # %% ../nbs/20_ingest.ipynb #9f3466f3
@@ -347,12 +348,12 @@ def read_levels_to_locate(
 
 # %% ../nbs/20_ingest.ipynb #ae20026d
 def read_split_file(
-    path: str | Path,  # of a text file with one session id a line
+    path: str | Path,  # or URI, of a text file with one session id a line
     known_ids: Collection[str],  # sessions of the dataset
 ) -> list[str]:  # in the file's order, each once
     "Session ids of a split; `HeimdallError` where there are none or one is unknown."
     try:
-        lines = _read_bytes(Path(path), 'split file').decode('utf-8-sig').splitlines()
+        lines = read_uri(path, 'split file').decode('utf-8-sig').splitlines()
     except UnicodeDecodeError as error:
         raise HeimdallError(f'{path}: not UTF-8 text: expected one session id a line') from error
     known = set(known_ids)

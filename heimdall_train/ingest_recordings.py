@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ from heimdall_train.ingest import (
     table_rows,
 )
 from .network import HeimdallError, Network
-from .store import Recording, Session, Source, Store, decode_iq, encode_iq, explain_os_error, recording_key
+from .store import Recording, Session, Source, Store, ahead, decode_iq, encode_iq, explain_os_error, recording_key
 
 # %% ../nbs/21_ingest_recordings.ipynb #2c16aad8
 _IQ_TYPES = tuple(np.dtype(name) for name in ('complex64', 'complex128', 'int16'))
@@ -374,17 +374,20 @@ def _other_samples(store: Store, uri: str, path: Path) -> bool:
 def _copied(kept: Sequence[_Checked], folder: Path, store: Store) -> Iterator[None]:
     "Samples are in the store; what this has written is removed where anything fails, here or in the body."
     written: list[str] = []
+
+    def copy(checked: _Checked) -> None:
+        assert checked.session is not None
+        for recording in checked.session.recordings:
+            row, key = checked.rows[recording.receiver], recording_key(checked.session.id, recording.receiver)
+            if not store.exists(key):
+                iq = read_iq(folder / row.file)
+                if measure_level(iq, row.file) != recording.level_db:
+                    raise HeimdallError(f'{folder / row.file} changed while it was read: ingest files that nobody writes to any more')
+                written.append(key)
+                store.write_recording(checked.session.id, recording.receiver, iq)
+
     try:
-        for checked in kept:
-            assert checked.session is not None
-            for recording in checked.session.recordings:
-                row, key = checked.rows[recording.receiver], recording_key(checked.session.id, recording.receiver)
-                if not store.exists(key):
-                    iq = read_iq(folder / row.file)
-                    if measure_level(iq, row.file) != recording.level_db:
-                        raise HeimdallError(f'{folder / row.file} changed while it was read: ingest files that nobody writes to any more')
-                    written.append(key)
-                    store.write_recording(checked.session.id, recording.receiver, iq)
+        deque(ahead(copy, kept, store.threads), maxlen=0)
         yield
     except BaseException:
         for key in written:
@@ -422,7 +425,7 @@ def ingest_recordings(
         receivers = replace(receivers, zone=stored.zone, source_height=stored.source_height)
     rows, rejects = _manifest_rows(content, receivers, str(path))
     named = dict.fromkeys([*(row.session_id for row in rows), *(reject.session_id for reject in rejects if reject.session_id)])
-    checked = [_into_store(item, path.parent, store, held) for item in _check_sessions(rows, path.parent, receivers)]
+    checked = list(ahead(lambda item: _into_store(item, path.parent, store, held), _check_sessions(rows, path.parent, receivers), store.threads))
     rejects = sorted([*rejects, *(reject for item in checked for reject in item.rejects)], key=_by_line)
     kept = {item.session.id: item for item in checked if item.session}
     check_share(path, sum(len(item.rows) for item in kept.values()), rejects, allow_rejects)

@@ -8,7 +8,8 @@ from pathlib import Path
 from heimdall_train.catalog import Catalog
 from heimdall_train.ingest import ingest_levels, read_split_file
 from heimdall_train.network import Network, Receiver
-from heimdall_train.store import Recording, Session, Source, open_store
+from heimdall_train.object_store import open_store
+from heimdall_train.store import Recording, Session, Source
 
 
 def test_the_powder_table_comes_back_identical(powder: Path, tmp_path: Path):

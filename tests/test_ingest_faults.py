@@ -17,7 +17,8 @@ from sqlalchemy import event
 from heimdall_train.catalog import Catalog
 from heimdall_train.ingest import TooManyRejects, ingest_levels, read_level_table
 from heimdall_train.network import HeimdallError, Network, Receiver
-from heimdall_train.store import Recording, Session, Source, open_store, write_file
+from heimdall_train.object_store import open_store
+from heimdall_train.store import Recording, Session, Source, write_file
 
 pytestmark = pytest.mark.fault
 NETWORK = Network('yard', tuple(Receiver(f'receiver-{k}', 45.0 + k / 100, 7.6) for k in range(20)))
@@ -90,7 +91,7 @@ def test_an_ingest_that_is_killed_anywhere_can_be_repeated(tmp_path: Path):
     table = write_table(tmp_path / 'drive', 400)
     program = '''
 import os, signal, sys
-from heimdall_train import catalog, ingest, store
+from heimdall_train import catalog, ingest, object_store, store
 calls = 0
 def dying(function):
     def call(*arguments, **options):
@@ -103,7 +104,7 @@ def dying(function):
 store.write_file = dying(store.write_file)
 for name in ['_put_network', '_put_dataset', '_put_sessions', '_insert']:
     setattr(catalog, name, dying(getattr(catalog, name)))
-ingest.ingest_levels(sys.argv[1], catalog.Catalog(sys.argv[2]), store.open_store(sys.argv[2] + '.store'))
+ingest.ingest_levels(sys.argv[1], catalog.Catalog(sys.argv[2]), object_store.open_store(sys.argv[2] + '.store'))
 '''
     for call in [1, 2, 4, 7]:
         path = tmp_path / f'killed-{call}.db'
