@@ -138,11 +138,12 @@ class S3Store(Store):
         from botocore.exceptions import BotoCoreError, ClientError
         from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-        begun = time.monotonic()
+        begun, damaged = time.monotonic(), 0
 
         def in_vain(state: RetryCallState) -> bool:  # the deadline is over, or wrong bytes have come three times: then they lie there
-            damaged = state.outcome is not None and isinstance(state.outcome.exception(), _Damaged)
-            return time.monotonic() - begun > self.settings.deadline_s or (damaged and state.attempt_number >= 3)
+            nonlocal damaged
+            damaged += state.outcome is not None and isinstance(state.outcome.exception(), _Damaged)
+            return time.monotonic() - begun > self.settings.deadline_s or damaged >= 3
 
         attempts = Retrying(retry=retry_if_exception(_may_pass), stop=in_vain,
                             wait=wait_random_exponential(multiplier=0.2, max=min(10.0, self.settings.deadline_s / 4)), reraise=True)

@@ -1,8 +1,10 @@
 """Fixtures that several test files share."""
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers import Missing, s3_server
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait leave the cores to others
@@ -19,6 +21,18 @@ class ByFile(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
+
+
+@pytest.fixture(scope='session')
+def s3() -> Iterator[str]:
+    "The endpoint of an S3 server."
+    try:
+        with s3_server() as endpoint:
+            yield endpoint
+    except Missing as missing:
+        if os.environ.get('HEIMDALL_REQUIRE_SERVICES') == '1':
+            pytest.fail(str(missing), pytrace=False)
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope='session')

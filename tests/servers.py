@@ -66,7 +66,7 @@ def s3_server() -> Iterator[str]:
         (Path(folder) / 'data').mkdir()
         command = [program, 'server', f'-dir={folder}/data', '-ip=127.0.0.1', '-ip.bind=127.0.0.1', '-filer', '-s3', f'-s3.config={credentials}',
                    *(f'-{name}.port={number}' for name, number in numbers.items()), *(f'-{name}.port.grpc={number}' for name, number in grpc.items()),
-                   '-s3.port.iceberg=0', '-s3.port.lance=0', '-master.telemetry=false', '-volume.max=20', '-master.volumeSizeLimitMB=64']
+                   '-s3.port.iceberg=0', '-s3.port.lance=0', '-master.telemetry=false', '-volume.max=100', '-master.volumeSizeLimitMB=64']
         with log.open('wb') as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, 'HOME': folder})
         endpoint = f'http://127.0.0.1:{numbers["s3"]}'

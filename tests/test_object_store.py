@@ -1,0 +1,252 @@
+"""The same store on a disk and in a bucket; and a bucket behind a network that fails in every way we know of."""
+import hashlib
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from servers import ACCESS_KEY, SECRET_KEY
+
+from heimdall_train.dataset import with_samples
+from heimdall_train.network import HeimdallError
+from heimdall_train.object_store import PART, S3Settings, S3Store, open_store, read_uri
+from heimdall_train.recordings import simulate_sessions
+from heimdall_train.scene import load_scene
+from heimdall_train.store import Store
+
+TONE = np.exp(2j * np.pi * 0.08 * np.arange(12_500)).astype(np.complex64)
+
+
+def settings(endpoint: str, **other) -> S3Settings:
+    return S3Settings(endpoint=endpoint, region='eu-south-1', access_key=ACCESS_KEY, secret_key=SECRET_KEY, **other)
+
+
+def bucket(endpoint: str, **other) -> S3Store:
+    "A store with a prefix of its own."
+    store = S3Store(f's3://heimdall-raw-iq/piedmont/{secrets.token_hex(6)}', settings(endpoint, **other))
+    with suppress(store.client.exceptions.BucketAlreadyOwnedByYou, store.client.exceptions.BucketAlreadyExists):
+        store.client.create_bucket(Bucket=store.bucket)
+    return store
+
+
+def fails(call: Callable, *words: str) -> str:
+    with pytest.raises(HeimdallError) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert '\n' not in str(caught.value) and SECRET_KEY not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(params=['disk', pytest.param('bucket', marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(tmp_path / 'store') if request.param == 'disk' else bucket(request.getfixturevalue('s3'))
+
+
+def test_bytes_by_key(store: Store):
+    assert list(store.keys()) == [] and not store.exists('tables/a.csv')
+    uri = store.write('tables/a.csv', b'1,2')
+    for key, content in (('tables/b.csv', b'3,4'), ('models/m.onnx', b''), ("it's; a name/é ü.npy", b'5')):
+        assert store.key(store.write(key, content)) == key
+        assert store.read(key) == content
+    assert uri == store.uri('tables/a.csv') and store.read(store.key(uri)) == b'1,2'
+    assert list(store.keys()) == sorted(["it's; a name/é ü.npy", 'models/m.onnx', 'tables/a.csv', 'tables/b.csv'])
+    assert list(store.keys('tables/')) == ['tables/a.csv', 'tables/b.csv']
+    store.write('tables/a.csv', b'5,6,7')
+    assert store.read('tables/a.csv') == b'5,6,7'
+    store.delete('tables/a.csv')
+    store.delete('tables/a.csv')
+    assert not store.exists('tables/a.csv')
+    fails(lambda: store.read('tables/a.csv'), 'cannot read tables/a.csv')
+    fails(lambda: store.key('file:///elsewhere/a.csv'), 'is not in the store')
+
+
+@pytest.mark.parametrize('key', ['', '/etc/passwd', '../up', 'a/../../b', 'a//b', 'a/.hidden', 'tail/', 'a\\b', 'a\0b'])
+def test_a_key_that_leaves_the_store_is_refused(store: Store, key: str):
+    for call in (store.read, store.exists, store.delete, store.uri, lambda key: store.write(key, b'')):
+        fails(lambda call=call: call(key), 'is not a key')
+
+
+def test_recordings_come_back_and_a_change_shows(store: Store):
+    uris = [store.write_recording(f'night-{number}', 'Passo dei Giovi', number * TONE) for number in range(5)]
+    np.testing.assert_array_equal(store.read_recording(uris[3]), 3 * TONE)
+    before = store.fingerprints([*uris, store.uri('sessions/none/none.npy')])
+    assert len(set(before.values())) == 6 and before[store.uri('sessions/none/none.npy')] == ''
+    store.write_recording('night-2', 'Passo dei Giovi', -TONE)
+    after = store.fingerprints(uris)
+    assert [uri for uri in uris if after[uri] != before[uri]] == [uris[2]]
+
+
+def test_sessions_are_read_in_order_and_what_is_missing_is_reported(store: Store):
+    simulated = list(simulate_sessions(load_scene('demo-v1'), 'test', numbers=range(20)))
+    kept = [replace(session, recordings=tuple(
+        replace(recording, iq=None, iq_uri=store.write_recording(session.id, recording.receiver, recording.iq)) for recording in session.recordings))
+        for session in simulated]
+    lines: list[str] = []
+    for read, session in zip(with_samples(kept, store, lines.append), simulated, strict=True):
+        assert read.id == session.id
+        for one, other in zip(read.recordings, session.recordings, strict=True):
+            np.testing.assert_array_equal(one.iq, other.iq)
+    assert not lines
+    store.delete(store.key(kept[7].recordings[0].iq_uri))
+    assert len(list(with_samples(kept, store, lines.append))) == 20
+    assert len(lines) == 1 and kept[7].id in lines[0]
+
+
+@pytest.mark.s3
+def test_a_large_object_travels_in_parts(s3: str):
+    store, content = bucket(s3), np.random.default_rng(0).bytes(2 * PART + 12_345)
+    store.write('large', content)
+    assert store.read('large') == content
+
+
+@pytest.mark.s3
+def test_settings_come_from_the_environment(s3: str, monkeypatch: pytest.MonkeyPatch):
+    store = bucket(s3)
+    store.write('test.txt', b'test-1\n')
+    for name, value in (('ENDPOINT_URL_S3', s3), ('ACCESS_KEY_ID', ACCESS_KEY), ('SECRET_ACCESS_KEY', SECRET_KEY)):
+        monkeypatch.setenv(f'AWS_{name}', value)
+    assert open_store(store.root).read('test.txt') == b'test-1\n' == read_uri(store.uri('test.txt'), 'split file')
+    monkeypatch.setenv('HEIMDALL_S3_ACCESS_KEY', 'nobody')
+    monkeypatch.setenv('HEIMDALL_S3_SECRET_KEY', SECRET_KEY)
+    fails(lambda: open_store(store.root).read('test.txt'), 'does not know this access key')
+
+
+@pytest.mark.s3
+def test_what_cannot_pass_is_said_at_once(s3: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.DEBUG)
+    store, begun = bucket(s3), time.monotonic()
+    store.write('a', b'1')
+    fails(lambda: S3Store('s3://nowhere-at-all', store.settings).read('a'), 'there is no such')
+    fails(lambda: S3Store(store.root, store.settings.model_copy(update={'secret_key': store.settings.access_key})).read('a'), 'the secret key is not the one')
+    assert time.monotonic() - begun < store.settings.deadline_s
+    assert SECRET_KEY not in caplog.text and SECRET_KEY not in repr((store, store.settings, vars(store)))
+
+
+# --- a network that fails ---
+
+
+class Faults:
+    "What the proxy does to the next answers, and how often it has done it."
+
+    def __init__(self):
+        self.waiting: list[str] = []
+        self.done: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def next(self) -> str:
+        with self.lock:
+            fault = self.waiting.pop(0) if self.waiting else ''
+            self.done[fault] += 1
+            return fault
+
+
+@contextmanager
+def failing_network(endpoint: str) -> Iterator[tuple[str, Faults]]:
+    "A proxy before a server, that damages answers as it is told."
+    faults, address = Faults(), endpoint.removeprefix('http://')
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = 'HTTP/1.1'
+
+        def log_message(self, *arguments):
+            pass
+
+        def forward(self):
+            body, fault = self.rfile.read(int(self.headers.get('Content-Length') or 0)), faults.next()
+            if fault.isdigit():
+                self.send_response(int(fault))
+                self.send_header('Content-Length', '0')
+                self.end_headers()
+                return
+            upstream = HTTPConnection(address, timeout=30)
+            upstream.request(self.command, self.path, body, dict(self.headers))
+            answer = upstream.getresponse()
+            content = answer.read()
+            upstream.close()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ('content-length', 'transfer-encoding', 'connection'):
+                    self.send_header(name, value)
+            self.send_header('Content-Length', answer.getheader('Content-Length') or str(len(content)))
+            self.end_headers()
+            if fault == 'flip':
+                content = content[:50] + bytes([content[50] ^ 1]) + content[51:]
+            if fault in ('cut', 'stall'):
+                self.wfile.write(content[:len(content) // 2])
+                self.wfile.flush()
+                time.sleep(3 if fault == 'stall' else 0)
+                self.close_connection = True
+            elif fault == 'trickle':
+                for start in range(0, len(content), 1000):
+                    self.wfile.write(content[start:start + 1000])
+                    time.sleep(0.1)
+            else:
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = forward
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f'http://127.0.0.1:{server.server_address[1]}', faults
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope='module')
+def network(s3: str) -> Iterator[tuple[str, Faults]]:
+    with failing_network(s3) as found:
+        yield found
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+@pytest.mark.parametrize('fault', ['500', '503', '429', 'cut', 'stall', 'flip'])
+def test_what_may_pass_is_tried_again(network: tuple[str, Faults], fault: str):
+    endpoint, faults = network
+    store = bucket(endpoint, timeout_s=1)
+    uri = store.write_recording('night', 'Torino', TONE)
+    faults.waiting[:], faults.done = [fault] * 2, Counter()
+    np.testing.assert_array_equal(store.read_recording(uri), TONE)
+    assert faults.done == {fault: 2, '': 1}
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+def test_a_storm_loses_nothing(network: tuple[str, Faults]):
+    endpoint, faults = network
+    store = bucket(endpoint, timeout_s=1)
+    faults.waiting[:] = list(np.random.default_rng(0).choice(['500', '503', 'cut', ''], 24))
+    contents = {f'sessions/{number}/Torino.npy': hashlib.sha256(bytes([number])).digest() * 50 for number in range(12)}
+    for key, content in contents.items():
+        store.write(key, content)
+    faults.waiting[:] = list(np.random.default_rng(1).choice(['500', '503', 'cut', 'flip', '', ''], 20))
+    assert {key: store.read(key) for key in contents} == contents
+    assert sorted(store.keys()) == sorted(contents)
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+def test_patience_ends(network: tuple[str, Faults]):
+    endpoint, faults = network
+    store = bucket(endpoint)
+    uri = store.write_recording('night', 'Torino', TONE)
+    hasty = S3Store(store.root, settings(endpoint, deadline_s=1, timeout_s=1))
+    for fault, words in (('503', 'the server answers'), ('trickle', 'the server stalls'), ('flip', 'not those that were written')):
+        begun = time.monotonic()
+        faults.waiting[:] = [fault] * 100
+        fails(lambda: (store if fault == 'flip' else hasty).read_recording(uri), words)  # noqa: B023
+        faults.waiting[:] = []
+        assert time.monotonic() - begun < 30
+    fails(lambda: S3Store(store.root, settings('http://127.0.0.1:9', deadline_s=1)).read('a'), 'the server does not answer', 'tried for')
