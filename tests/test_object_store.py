@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from servers import ACCESS_KEY, SECRET_KEY
 
-from heimdall_train.dataset import with_samples
+from heimdall_train.config import make_config
+from heimdall_train.data import read_data, simulate
+from heimdall_train.dataset import TimedData, with_samples
+from heimdall_train.ingest import read_split_file
 from heimdall_train.network import HeimdallError
 from heimdall_train.object_store import PART, S3Settings, S3Store, open_store, read_uri
 from heimdall_train.recordings import simulate_sessions
@@ -129,6 +132,23 @@ def test_what_cannot_pass_is_said_at_once(s3: str, caplog: pytest.LogCaptureFixt
     fails(lambda: S3Store(store.root, store.settings.model_copy(update={'secret_key': store.settings.access_key})).read('a'), 'the secret key is not the one')
     assert time.monotonic() - begun < store.settings.deadline_s
     assert SECRET_KEY not in caplog.text and SECRET_KEY not in repr((store, store.settings, vars(store)))
+
+
+@pytest.mark.s3
+def test_the_same_commands_with_another_uri(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in (('ENDPOINT', s3), ('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY)):
+        monkeypatch.setenv(f'HEIMDALL_S3_{name}', value)
+    read = []
+    for place in (str(tmp_path / 'store'), bucket(s3).root):
+        config = make_config(catalog=str(tmp_path / f'{len(read)}.db'), store=place, cache=tmp_path / 'features')
+        assert simulate('demo-v1', config, 12)['test'] == 3
+        read.append(read_data(config))
+        tests = read_split_file(f'{place}/scenes/demo-v1/test.txt', read[-1].ids.tolist())
+        assert tests == [name for name in read[-1].ids if name.startswith('test')]
+    disk, s3_data = read
+    assert isinstance(disk, TimedData) and isinstance(s3_data, TimedData)
+    np.testing.assert_array_equal(disk.delay, s3_data.delay)
+    np.testing.assert_array_equal(disk.maps[disk.row], s3_data.maps[s3_data.row])
 
 
 # --- a network that fails ---
