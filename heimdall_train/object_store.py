@@ -20,7 +20,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .network import HeimdallError
-from .store import Store, ahead, checked_key, explain_os_error, local_path
+from .store import Store, checked_key, explain_os_error, local_path
 
 # %% ../nbs/12_object_store.ipynb #1b7c4e25
 class S3Settings(BaseSettings):
