@@ -309,4 +309,4 @@ def read_uri(
     try:
         return local_path(uri, what).read_bytes()
     except OSError as error:
-        raise explain_os_error(f'cannot read {what} {uri}', error) from error
+        raise explain_os_error(f'cannot read the {what} {uri}', error) from error
