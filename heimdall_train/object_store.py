@@ -61,12 +61,12 @@ class _Damaged(Exception):
 
 def _may_pass(error: BaseException) -> bool:
     "Whether the same request may succeed later."
-    from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
 
     if isinstance(error, ClientError):
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode', 0)
         return status >= 500 or status == 429 or _code(error) in ('RequestTimeout', 'SlowDown', 'BadDigest', 'IncompleteBody')
-    return isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError | _Damaged) and isinstance(error, BotoCoreError | _Damaged)
+    return isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError | _Damaged)
 
 
 def _code(error: Any) -> str:

@@ -126,11 +126,12 @@ def test_settings_come_from_the_environment(s3: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.s3
 def test_what_cannot_pass_is_said_at_once(s3: str, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG)
-    store, begun = bucket(s3), time.monotonic()
+    store = bucket(s3)
     store.write('a', b'1')
-    fails(lambda: S3Store('s3://nowhere-at-all', store.settings).read('a'), 'there is no such')
-    fails(lambda: S3Store(store.root, store.settings.model_copy(update={'secret_key': store.settings.access_key})).read('a'), 'the secret key is not the one')
-    assert time.monotonic() - begun < store.settings.deadline_s
+    wrong = store.settings.model_copy(update={'secret_key': store.settings.access_key})
+    said = [fails(lambda: S3Store('s3://nowhere-at-all', store.settings).read('a'), 'there is no such'),
+            fails(lambda: S3Store(store.root, wrong).read('a'), 'the secret key is not the one')]
+    assert not any('tried for' in line for line in said)
     assert SECRET_KEY not in caplog.text and SECRET_KEY not in repr((store, store.settings, vars(store)))
 
 
@@ -264,9 +265,7 @@ def test_patience_ends(network: tuple[str, Faults]):
     uri = store.write_recording('night', 'Torino', TONE)
     hasty = S3Store(store.root, settings(endpoint, deadline_s=1, timeout_s=1))
     for fault, words in (('503', 'the server answers'), ('trickle', 'the server stalls'), ('flip', 'not those that were written')):
-        begun = time.monotonic()
         faults.waiting[:] = [fault] * 100
         fails(lambda: (store if fault == 'flip' else hasty).read_recording(uri), words)  # noqa: B023
         faults.waiting[:] = []
-        assert time.monotonic() - begun < 30
     fails(lambda: S3Store(store.root, settings('http://127.0.0.1:9', deadline_s=1)).read('a'), 'the server does not answer', 'tried for')
