@@ -9,7 +9,7 @@ __all__ = ['Config', 'make_config']
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .network import HeimdallError
@@ -18,9 +18,9 @@ from .network import HeimdallError
 class Config(BaseSettings):
     "Settings of a run; flat names, the same everywhere."
 
-    model_config = SettingsConfigDict(env_prefix='HEIMDALL_', extra='forbid', frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(env_prefix='HEIMDALL_', extra='forbid', frozen=True, protected_namespaces=(), hide_input_in_errors=True)
 
-    catalog: str = Field('runs/catalog.db', description='catalog of sessions: an SQLite file or sqlite:///…')
+    catalog: str = Field('runs/catalog.db', description='catalog of sessions: an SQLite file, or postgresql://user@server/database')
     store: str = Field('runs/store', description='store of recordings and tables: a folder or s3://bucket/prefix')
     dataset: str | None = Field(None, description='dataset in the catalog; may be left out where there is only one')
     scene: str | None = Field(None, description='scene that is simulated on the way, in place of a catalog: a name or a YAML file')
@@ -41,6 +41,16 @@ class Config(BaseSettings):
     )
     allow_rejects: bool = Field(False, description='ingest the good rows even where more than a fifth is bad')
     tracking: str | None = Field(None, description='MLflow tracking URI; an SQLite file beside the run folder by default')
+
+    @field_validator('catalog', 'store', 'tracking')
+    @classmethod
+    def _without_password(cls, value: str | None, info: Any) -> str | None:
+        "Secrets come from the environment; the error does not repeat them."
+        where = {'catalog': 'HEIMDALL_CATALOG_PASSWORD or PGPASSWORD', 'store': 'AWS_SECRET_ACCESS_KEY', 'tracking': 'MLFLOW_TRACKING_PASSWORD'}
+        rest = (value or '').partition('://')[2]
+        if ':' in rest.rpartition('@')[0] or 'password=' in rest.partition('?')[2]:
+            raise HeimdallError(f'parameter {info.field_name}: the URI holds a password: leave it out and set {where[info.field_name]}')
+        return value
 
     @property
     def model_path(self) -> Path:
@@ -64,4 +74,6 @@ def make_config(
         name = '.'.join(str(part) for part in first['loc'])
         if first['type'] == 'extra_forbidden':
             raise HeimdallError(f'unknown parameter {name}: known are {", ".join(sorted(Config.model_fields))}') from None
+        if isinstance(first.get('ctx', {}).get('error'), HeimdallError):
+            raise HeimdallError(str(first['ctx']['error'])) from None
         raise HeimdallError(f'parameter {name}: {first["msg"]}, not {first["input"]!r}') from None

@@ -1,10 +1,11 @@
 """Fixtures that several test files share."""
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from servers import Missing, s3_server
+from servers import Missing, PostgresServer, postgres_server, s3_server
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait leave the cores to others
@@ -23,16 +24,29 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
-@pytest.fixture(scope='session')
-def s3() -> Iterator[str]:
-    "The endpoint of an S3 server."
+@contextmanager
+def _required() -> Iterator[None]:
+    "A server that is not installed skips what needs it, and fails it where services are required."
     try:
-        with s3_server() as endpoint:
-            yield endpoint
+        yield
     except Missing as missing:
         if os.environ.get('HEIMDALL_REQUIRE_SERVICES') == '1':
             pytest.fail(str(missing), pytrace=False)
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope='session')
+def s3() -> Iterator[str]:
+    "The endpoint of an S3 server."
+    with _required(), s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope='session')
+def postgres() -> Iterator[PostgresServer]:
+    "A PostgreSQL server."
+    with _required(), postgres_server() as server:
+        yield server
 
 
 @pytest.fixture(scope='session')

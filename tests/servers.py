@@ -1,19 +1,23 @@
 """Real servers for tests: started on free loopback ports, ended by their own process handle."""
 import json
 import os
+import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-ACCESS_KEY, SECRET_KEY = 'test-access', 'canary-secret-s3'  # the second must never be seen in a log, an error or an output
+# What has "canary" in it must never be seen in a log, an error or an output.
+ACCESS_KEY, SECRET_KEY = 'test-access', 'canary-secret-s3'
+DATABASE_USER, DATABASE_PASSWORD = 'heimdall', 'canary-secret-postgres'
 
 
 class Missing(Exception):
@@ -85,3 +89,83 @@ def _answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+class PostgresServer:
+    "A PostgreSQL with a cluster of its own; its users give a password."
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, free_ports(1)[0]
+        self.log = folder / 'log'
+        self._programs = _postgres_programs()
+        self._as_user = {'user': 'postgres', 'group': 'postgres', 'extra_groups': []} if os.geteuid() == 0 else {}
+        self._environment = {'PATH': os.environ.get('PATH', ''), 'LC_ALL': 'C.UTF-8', 'PGPASSWORD': DATABASE_PASSWORD}
+        if self._as_user:
+            shutil.chown(folder, 'postgres', 'postgres')
+        password = folder / 'password'
+        password.write_text(DATABASE_PASSWORD)
+        password.chmod(0o644)
+        # a collation of a language, as a database in service has it: 'a' before 'B'
+        self._run('initdb', '-D', folder / 'data', '-U', DATABASE_USER, '-A', 'scram-sha-256', f'--pwfile={password}', '-E', 'UTF8',
+                  '--locale=C.UTF-8', '--locale-provider=icu', '--icu-locale=en', '--no-sync')
+        password.unlink()
+        self.start()
+
+    def _run(self, program: str, *arguments: object) -> str:
+        "What a program of PostgreSQL prints."
+        command = [str(self._programs / program), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self._environment, timeout=120, **self._as_user)
+        if done.returncode:
+            raise RuntimeError(f'{program}: {done.stderr[-1000:]}')
+        return done.stdout
+
+    def start(self) -> None:
+        "Start it, and wait until it answers."
+        command = [str(self._programs / 'postgres'), '-D', str(self.folder / 'data'), '-p', str(self.port), '-k', str(self.folder),
+                   '-c', 'listen_addresses=127.0.0.1', '-c', 'max_connections=30', '-c', 'shared_buffers=32MB', '-c', 'deadlock_timeout=200ms']
+        with self.log.open('ab') as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder, env=self._environment, **self._as_user)
+        ready = [str(self._programs / 'pg_isready'), '-q', '-h', '127.0.0.1', '-p', str(self.port)]
+        _wait(self.process, lambda: subprocess.run(ready, env=self._environment).returncode == 0, 'PostgreSQL', self.log)
+
+    def crash(self) -> None:
+        "End it at once, in the middle of whatever it does; it will have to recover from its log."
+        self.process.send_signal(signal.SIGQUIT)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        _stop(self.process)
+
+    def sql(self, statements: str, database: str = 'postgres') -> list[list[str]]:
+        "Rows that a superuser's statements give."
+        printed = self._run('psql', '-X', '-q', '-t', '-A', '-F', '\t', '-v', 'ON_ERROR_STOP=1', '-h', '127.0.0.1', '-p', self.port,
+                            '-U', DATABASE_USER, '-d', database, '-c', statements)
+        return [line.split('\t') for line in printed.splitlines()]
+
+    def uri(self, database: str, user: str = DATABASE_USER) -> str:
+        "Of a database, for a catalog."
+        return f'postgresql://{user}@127.0.0.1:{self.port}/{database}'
+
+
+def _postgres_programs() -> Path:
+    "The folder of PostgreSQL's programs, the newest where there are several."
+    found = shutil.which('initdb')
+    folders = [Path(found).resolve().parent] if found else sorted(
+        Path('/usr/lib/postgresql').glob('*/bin'), key=lambda folder: float(folder.parent.name), reverse=True)
+    if not folders or not (folders[0] / 'postgres').is_file():
+        raise Missing('PostgreSQL is not installed: apt install postgresql')
+    if os.geteuid() == 0 and 'postgres' not in [entry.pw_name for entry in pwd.getpwall()]:
+        raise Missing('PostgreSQL does not run as root, and there is no user postgres: apt install postgresql')
+    return folders[0]
+
+
+@contextmanager
+def postgres_server() -> Iterator[PostgresServer]:
+    "A PostgreSQL with an empty cluster."
+    _postgres_programs()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        server = PostgresServer(Path(folder))
+        try:
+            yield server
+        finally:
+            server.crash()
