@@ -461,6 +461,7 @@ class Catalog:
         while True:
             page, after = self.database.read(partial(_read_page, selection=selection, after=after, wanted=wanted))
             yield from page
+            del page  # before the next one comes
             if after is None:
                 return
 

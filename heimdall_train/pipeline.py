@@ -61,9 +61,10 @@ def train(
         say(f'{len(deaf)} receivers were never heard in training and are masked: {", ".join(deaf[:8])}{" …" if len(deaf) > 8 else ""}')
     with tracked_run(
         config.tracking or default_tracking_uri(config.out),
-        config.out.name,
+        config.out,
         {'dataset_digest': data.digest, 'dataset': str(config.dataset or config.scene)},
         saved.note['mlflow_run_id'] if saved else None,
+        say,
     ) as run:
         if saved is None:
             run.log_parameters(_plain(config))
@@ -365,7 +366,7 @@ def evaluate(
         },
     )
     _write_report(folder, config, data, model, truth, answers, results, evaluation)
-    _track_evaluation(config, folder, metrics, evaluation)
+    _track_evaluation(config, folder, metrics, evaluation, say)
     return evaluation
 
 
@@ -477,11 +478,11 @@ def _save_figure(figure, path: Path) -> None:
     write_file(path, buffer.getvalue())
 
 
-def _track_evaluation(config, folder, metrics, evaluation) -> None:
+def _track_evaluation(config, folder, metrics, evaluation, say) -> None:
     "Log the evaluation to the run that trained the model."
     from heimdall_train.tracking import default_tracking_uri, tracked_run
 
-    with tracked_run(config.tracking or default_tracking_uri(folder), folder.name, run_id=metrics['training']['mlflow_run_id']) as run:
+    with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
         run.log_metrics({'test': evaluation.model.model_dump(), 'test_anchor': evaluation.anchor.model_dump() if evaluation.anchor else {}})
         for name in ('metrics.json', 'report.md', 'map.png', 'errors.png', 'calibration.png', 'evaluation.parquet'):
             run.log_artifact(folder / name)
@@ -517,7 +518,7 @@ def export(
     say(
         f'ONNX and torch agree on {len(inputs["heard"])} sessions to {differences["position_m"]:.4f} m and {differences["sigma_relative"]:.2%} of σ'
     )
-    with tracked_run(config.tracking or default_tracking_uri(folder), folder.name, run_id=metrics['training']['mlflow_run_id']) as run:
+    with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
         run.log_artifact(bundle, 'bundle')
         version = run.register(bundle / 'model.onnx', {name: values[:1] for name, values in inputs.items()})
     if config.scene is None:

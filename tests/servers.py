@@ -18,6 +18,7 @@ from urllib.request import urlopen
 # What has "canary" in it must never be seen in a log, an error or an output.
 ACCESS_KEY, SECRET_KEY = 'test-access', 'canary-secret-s3'
 DATABASE_USER, DATABASE_PASSWORD = 'heimdall', 'canary-secret-postgres'
+MLFLOW_USER, MLFLOW_PASSWORD = 'train', 'canary-secret-mlflow'
 
 
 class Missing(Exception):
@@ -165,6 +166,50 @@ def postgres_server() -> Iterator[PostgresServer]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         server = PostgresServer(Path(folder))
+        try:
+            yield server
+        finally:
+            server.crash()
+
+
+class MlflowServer:
+    "MLflow's tracking server: runs in PostgreSQL, artifacts in S3 through its proxy, and a password before it."
+
+    def __init__(self, folder: Path, backend: str, artifacts: str, s3_endpoint: str):
+        self.folder, self.port = folder, free_ports(1)[0]
+        self.uri, self.log = f'http://127.0.0.1:{self.port}', folder / 'log'
+        (folder / 'auth.ini').write_text(
+            f'[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\nadmin_username = {MLFLOW_USER}\n'
+            f'admin_password = {MLFLOW_PASSWORD}\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n')
+        self._command = [
+            str(Path(sys.executable).parent / 'mlflow'), 'server', '--host', '127.0.0.1', '--port', str(self.port), '--workers', '1',
+            '--app-name', 'basic-auth', '--backend-store-uri', backend.replace('postgresql:', 'postgresql+psycopg2:'),
+            '--artifacts-destination', artifacts, '--serve-artifacts']
+        self._environment = {
+            **os.environ, 'MLFLOW_AUTH_CONFIG_PATH': str(folder / 'auth.ini'), 'MLFLOW_FLASK_SERVER_SECRET_KEY': 'canary-flask',
+            'MLFLOW_SERVER_ENABLE_JOB_EXECUTION': 'false', 'MLFLOW_DISABLE_TELEMETRY': 'true', 'DO_NOT_TRACK': 'true', 'PGPASSWORD': DATABASE_PASSWORD,
+            'MLFLOW_S3_ENDPOINT_URL': s3_endpoint, 'AWS_ACCESS_KEY_ID': ACCESS_KEY, 'AWS_SECRET_ACCESS_KEY': SECRET_KEY, 'AWS_DEFAULT_REGION': 'eu-south-1'}
+        self.start()
+
+    def start(self) -> None:
+        "Start it, and wait until it answers."
+        with self.log.open('ab') as output:
+            self.process = subprocess.Popen(
+                self._command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder, env=self._environment, start_new_session=True)
+        _wait(self.process, lambda: _answers(f'{self.uri}/health'), 'MLflow', self.log, 120)
+
+    def crash(self) -> None:
+        "End it and its workers at once."
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def mlflow_server(backend: str, artifacts: str, s3_endpoint: str) -> Iterator[MlflowServer]:
+    "A tracking server over a database and a bucket."
+    with tempfile.TemporaryDirectory() as folder:
+        server = MlflowServer(Path(folder), backend, artifacts, s3_endpoint)
         try:
             yield server
         finally:

@@ -31,6 +31,8 @@ SESSIONS = {'train': 120, 'validation': 40, 'test': 40}
 
 # What other people's scripts may rely on: a change here is a change of the interface, and belongs into CHANGELOG.md.
 OPTIONS = {
+    'catalog init': ['--catalog', '--debug', '--json'],
+    'catalog upgrade': ['--catalog', '--debug', '--json'],
     'demo': ['--debug', '--epochs', '--json', '--out', '--scene', '--seed'],
     'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
     'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],

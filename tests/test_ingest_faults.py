@@ -67,7 +67,7 @@ def until_killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 catalog = Catalog(sys.argv[1])
-event.listen(catalog._engine, 'connect', lambda connection, record: connection.execute('PRAGMA cache_size = 10'))
+event.listen(catalog.database._engine, 'connect', lambda connection, record: connection.execute('PRAGMA cache_size = 10'))
 catalog.add_sessions(until_killed(), sys.argv[3], network=NETWORK)
 '''
 
@@ -77,11 +77,11 @@ def test_a_killed_ingest_leaves_nothing(tmp_path: Path, dataset: str):
     "A small cache makes SQLite overwrite the file before the end, so that only its journal can undo it."
     catalog = Catalog(tmp_path / 'catalog.db')
     catalog.add_sessions(sessions(50), 'first', network=NETWORK)
-    before, size = list(catalog.sessions('first')), catalog.path.stat().st_size
-    done = run(KILLED, catalog.path, Path(__file__).parent, dataset)
+    before, size = list(catalog.sessions('first')), catalog.database.path.stat().st_size
+    done = run(KILLED, catalog.database.path, Path(__file__).parent, dataset)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert catalog.path.stat().st_size > 2 * size, 'killed too early to prove anything'
-    assert catalog.path.with_name('catalog.db-journal').exists()
+    assert catalog.database.path.stat().st_size > 2 * size, 'killed too early to prove anything'
+    assert catalog.database.path.with_name('catalog.db-journal').exists()
     assert list(catalog.sessions()) == before
     assert [(found.name, found.sessions) for found in catalog.datasets()] == [('first', 50)]
     assert catalog.add_sessions(sessions(50, 'more-'), dataset) == 50
@@ -228,16 +228,16 @@ def test_a_disk_that_fails_late_leaves_the_old_file(tmp_path: Path, monkeypatch:
 def test_a_truncated_catalog(tmp_path: Path, kept: float):
     catalog = Catalog(tmp_path / 'catalog.db')
     catalog.add_sessions(sessions(300), 'old', network=NETWORK)
-    content = catalog.path.read_bytes()
-    catalog.path.write_bytes(content[:int(len(content) * kept)])
+    content = catalog.database.path.read_bytes()
+    catalog.database.path.write_bytes(content[:int(len(content) * kept)])
     fails(lambda: list(catalog.sessions()), 'malformed: the file is damaged')
 
 
 def test_a_catalog_that_another_program_is_writing(tmp_path: Path):
     catalog = Catalog(tmp_path / 'catalog.db')
-    event.listen(catalog._engine, 'connect', lambda connection, record: connection.execute('PRAGMA busy_timeout = 50'))
+    event.listen(catalog.database._engine, 'connect', lambda connection, record: connection.execute('PRAGMA busy_timeout = 50'))
     catalog.add_sessions(sessions(3), 'old', network=NETWORK)
-    with sqlite3.connect(catalog.path, isolation_level=None) as other:
+    with sqlite3.connect(catalog.database.path, isolation_level=None) as other:
         other.execute('BEGIN IMMEDIATE')
         assert len(list(catalog.sessions())) == 3
         fails(lambda: catalog.add_sessions(sessions(3, 'new-'), 'old'), 'database is locked: another program is writing to it')

@@ -296,7 +296,7 @@ def test_an_ingest_that_is_killed_can_be_repeated(campaign: Campaign, call: int)
     expected = list(campaign.catalog.sessions('drive'))
     for key in campaign.store.keys():
         campaign.store.delete(key)
-    campaign.catalog.path.unlink()
+    campaign.catalog.database.path.unlink()
     done = subprocess.run([sys.executable, '-c', KILLED, campaign.folder, str(call), Path(__file__).parent], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not campaign.catalog.exists() and len(list(campaign.store.keys('sessions/'))) <= call - 1

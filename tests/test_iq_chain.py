@@ -150,6 +150,36 @@ def test_predict_from_files_by_run_and_bundle(chain: Chain, tmp_path: Path):
         assert one['note'] == ''
 
 
+def test_what_is_odd_about_the_clocks_is_said(chain: Chain, tmp_path: Path):
+    "Two clocks are too few for times of arrival, and one that is 50 µs wrong is named; by the run folder and by the bundle."
+    manifest = write_manifest(tmp_path / 'field', chain.scene, range(3))
+    with open(manifest, newline='') as file:
+        rows = list(csv.DictReader(file))
+    sessions = list(dict.fromkeys(row['session_id'] for row in rows))
+    for row in rows:
+        place = int(row['file'].rpartition('-')[2].removesuffix('.npy'))
+        if row['session_id'] == sessions[1] and place >= 2:
+            row['clock_error_s'] = ''
+        if row['session_id'] == sessions[2] and place == 1:
+            row['clock_error_s'] = '-5e-5'
+    with open(manifest, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for model in (chain.run, chain.bundle):
+        notes = [answer['note'] for answer in json.loads(succeed('predict', manifest, '--model', model, '--json').stdout)]
+        assert notes[0] == '' and notes[1].startswith('2 receiver')
+        assert notes[2].startswith('Montanaro is ') and 'late' in notes[2]
+
+
+def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
+    before = (chain.run / 'checkpoints' / 'best.safetensors').read_bytes()
+    succeed('train', '--resume', '--out', chain.run)
+    assert (chain.run / 'checkpoints' / 'best.safetensors').read_bytes() == before
+    refused = CliRunner().invoke(app, ['train', '--resume', '--out', str(chain.run), '--epochs', '5'])
+    assert refused.exit_code == 2 and 'belong to another training' in refused.stderr
+
+
 def test_damaged_recordings_are_set_aside_and_the_rest_is_located(chain: Chain, tmp_path: Path):
     manifest = write_manifest(tmp_path / 'field', chain.scene, range(4))
     cut = tmp_path / 'field' / 'test-00001-3.npy'
