@@ -40,17 +40,17 @@ def disagreement(
     "Deletion residuals of a fix, all receivers at once."
     weight, residual, jacobian = fix.weight.double(), fix.residual.double(), fix.jacobian.double()
     counts = (weight > 0).double()
-    rows = torch.cat([jacobian, residual[:, :, None]], dim=2)  # what is averaged: both columns of the Jacobian, and the residual
-    total = (weight.sum(dim=1, keepdim=True) - weight + 1e-15)[:, :, None]
-    mean = ((weight[:, :, None] * rows).sum(dim=1, keepdim=True) - weight[:, :, None] * rows) / total
-    products = weight[:, :, None, None] * rows[:, :, :, None] * rows[:, :, None, :]
-    products = products.sum(dim=1, keepdim=True) - products - total[:, :, :, None] * mean[:, :, :, None] * mean[:, :, None, :]
-    first, mixed, second = products[:, :, 0, 0] + 1e-12, products[:, :, 0, 1], products[:, :, 1, 1] + 1e-12
+    rows = torch.cat([jacobian, residual[..., None]], dim=2)  # what is averaged: both columns of the Jacobian, and the residual
+    total = (weight.sum(dim=1, keepdim=True) - weight + 1e-15)[..., None]
+    mean = ((weight[..., None] * rows).sum(dim=1, keepdim=True) - weight[..., None] * rows) / total
+    products = weight[..., None, None] * rows[..., None] * rows[..., None, :]
+    products = products.sum(dim=1, keepdim=True) - products - total[..., None] * mean[..., None] * mean[..., None, :]
+    first, mixed, second = products[..., 0, 0] + 1e-12, products[..., 0, 1], products[..., 1, 1] + 1e-12
     determinant = first * second - mixed * mixed + 1e-24
     east, north, own = (rows - mean).unbind(dim=2)
     solved_east, solved_north = (second * east - mixed * north) / determinant, (first * north - mixed * east) / determinant
-    late = own - solved_east * products[:, :, 0, 2] - solved_north * products[:, :, 1, 2]
-    variance = fix.variance.double() + 1 / total[:, :, 0] + solved_east * east + solved_north * north
+    late = own - solved_east * products[..., 0, 2] - solved_north * products[..., 1, 2]
+    variance = fix.variance.double() + 1 / total[..., 0] + solved_east * east + solved_north * north
     told = counts * (counts.sum(dim=1, keepdim=True) > FEWEST_OTHERS).double()
     return Disagreement(torch.where(told > 0, late, 0 * late), torch.where(told > 0, variance, 0 * late).clamp(min=0).sqrt())
 

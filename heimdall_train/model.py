@@ -31,9 +31,9 @@ def cholesky_2x2(
     covariance: torch.Tensor,  # positive definite, shape (B, 2, 2)
 ) -> torch.Tensor:  # lower triangular, shape (B, 2, 2)
     "Cholesky factor of 2 x 2 matrices."
-    first = covariance[:, 0, 0].sqrt()
-    below = covariance[:, 1, 0] / first
-    second = (covariance[:, 1, 1] - below**2).clamp_min(1e-6).sqrt()
+    first = covariance[..., 0, 0].sqrt()
+    below = covariance[..., 1, 0] / first
+    second = (covariance[..., 1, 1] - below**2).clamp_min(1e-6).sqrt()
     return torch.stack([first, torch.zeros_like(first), below, second], dim=1).reshape(-1, 2, 2)
 
 # %% ../nbs/50_model.ipynb #652029b0
@@ -58,7 +58,7 @@ def describe_fix(
 ) -> torch.Tensor:  # shape (B, FIX_SIZE)
     "Where a fix lies, and the size and shape of its covariance, in numbers of order one."
     scaled = position / extent
-    shape = torch.stack([torch.log(factor[:, 0, 0] / extent) + 3, torch.log(factor[:, 1, 1] / extent) + 3, factor[:, 1, 0] / factor[:, 0, 0]], dim=1)
+    shape = torch.stack([torch.log(factor[..., 0, 0] / extent) + 3, torch.log(factor[..., 1, 1] / extent) + 3, factor[..., 1, 0] / factor[..., 0, 0]], dim=1)
     return torch.cat([scaled, fourier_features(scaled), shape], dim=1)
 
 
@@ -75,7 +75,7 @@ def summarise(
     doubtful, certain = (anchor.moments(fix.log_posterior, belief)[0] - fix.position for belief in (0.5, 2.0))
     log_probability = torch.log_softmax(anchor.tempering * fix.log_posterior, dim=1)
     entropy = -(log_probability.exp() * log_probability).sum(dim=1, keepdim=True)
-    size = (factor[:, 0, 0] * factor[:, 1, 1]).sqrt()[:, None]
+    size = (factor[..., 0, 0] * factor[..., 1, 1]).sqrt()[:, None]
     return torch.cat([describe_fix(fix.position, factor, extent), doubtful / size, certain / size, entropy - 4], dim=1)
 
 # %% ../nbs/50_model.ipynb #7d40971c
@@ -106,7 +106,7 @@ class Correction(nn.Module):
         correction, raw = self.position_head(hidden), self.uncertainty_head(hidden)
         diagonal = torch.exp(raw[:, :2].clamp(-4, 4))
         reshaped = factor @ torch.stack([diagonal[:, 0], torch.zeros_like(diagonal[:, 0]), raw[:, 2], diagonal[:, 1]], dim=1).reshape(-1, 2, 2)
-        return position + (factor @ correction[:, :, None])[:, :, 0], reshaped @ reshaped.transpose(1, 2)
+        return position + (factor @ correction[..., None])[..., 0], reshaped @ reshaped.transpose(1, 2)
 
 # %% ../nbs/50_model.ipynb #1e3d1573
 class LocalizationNet(nn.Module):

@@ -161,30 +161,30 @@ class SurveyedArea(nn.Module):
 
     def geometry(
         self,
-        position: torch.Tensor,  # metres east and north, shape (B, 2)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # distance in metres (B, R); cosines of the way from receiver to source (B, R, 3)
+        position: torch.Tensor,  # metres east and north, shape (…, 2)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # distance in metres (…, R); cosines of the way from receiver to source (…, R, 3)
         "Straight lines from the receivers to a source of the given height over the curved ground."
         source_height, earth_radius = self.ground.unbind()
-        up = source_height - (position * position).sum(dim=1, keepdim=True) / (2 * earth_radius)
-        offset = torch.cat([position, up], dim=1)[:, None, :] - self.receivers
-        distance = (offset * offset).sum(dim=2).sqrt()
-        return distance, offset / distance[:, :, None]
+        up = source_height - (position * position).sum(dim=-1, keepdim=True) / (2 * earth_radius)
+        offset = torch.cat([position, up], dim=-1)[..., None, :] - self.receivers
+        distance = (offset * offset).sum(dim=-1).sqrt()
+        return distance, offset / distance[..., None]
 
     def look_up(
         self,
-        position: torch.Tensor,  # metres east and north, shape (B, 2)
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # mean (B, R), its slope (B, R, 2), deviation (B, R)
+        position: torch.Tensor,  # metres east and north, shape (…, 2)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # mean (…, R), its slope (…, R, 2), deviation (…, R)
         "The maps at a position, bilinear; constant outside."
         receivers, rows, columns = self.maps.shape[:3]
-        east, north = ((position - self.origin) / self.pitch).unbind(dim=1)
-        east, north = east.clamp(0, columns - 1)[:, None, None], north.clamp(0, rows - 1)[:, None, None]
+        east, north = ((position - self.origin) / self.pitch).unbind(dim=-1)
+        east, north = east.clamp(0, columns - 1)[..., None, None], north.clamp(0, rows - 1)[..., None, None]
         column, row = east.floor().clamp(max=columns - 2), north.floor().clamp(max=rows - 2)
-        first = (row * columns + column)[:, :, 0].long() + rows * columns * torch.arange(receivers, device=position.device)
+        first = (row * columns + column)[..., 0].long() + rows * columns * torch.arange(receivers, device=position.device)
         values, east, north = self.maps.reshape(-1, 2), east - column, north - row
         south_west, south_east, north_west, north_east = (values[first + step].double() for step in (0, 1, columns, columns + 1))
         south, across = south_west + (south_east - south_west) * east, north_west + (north_east - north_west) * east
         to_east = (south_east - south_west) * (1 - north) + (north_east - north_west) * north
-        value, slope = south + (across - south) * north, torch.stack([to_east[..., 0], (across - south)[..., 0]], dim=2) / self.pitch
+        value, slope = south + (across - south) * north, torch.stack([to_east[..., 0], (across - south)[..., 0]], dim=-1) / self.pitch
         return value[..., 0], slope, value[..., 1]
 
 # %% ../nbs/46_tdoa.ipynb #ee81fe96
@@ -235,8 +235,8 @@ class TdoaAnchor(SurveyedArea):
         arrival: torch.Tensor,  # metres, shape (B, R)
         variance: torch.Tensor,  # m², shape (B, R)
         timed: torch.Tensor,  # shape (B, R)
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # positions (S·B, 2), emissions (S·B,) in metres, posterior of the cells (B, G)
-        "The best cells of the grid, well apart, all best ones before all second ones; in single precision, because the cells are wide."
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # positions (S, B, 2), emissions (S, B) in metres, posterior of the cells (B, G)
+        "The S best cells of the grid, well apart; in single precision, because the cells are wide."
         timed, departure = timed.float()[:, :, None], arrival.float()[:, :, None] - self.start_range
         variance = variance.float()[:, :, None] + self.start_variance
         weight = timed / variance
@@ -252,33 +252,33 @@ class TdoaAnchor(SurveyedArea):
         value, best = torch.where(-cost == around, -cost, torch.full_like(cost, -1e30)).topk(STARTS, dim=1)
         best = torch.where(value > -1e30, best, best[:, :1])  # where there are fewer valleys, the deepest again
         posterior = torch.softmax(-0.5 * cost.double(), dim=1)  # its sum is one to rounding, so its mean is inside the grid
-        return self.grid[best.T.reshape(-1)], emission.gather(1, best).T.reshape(-1).double(), posterior
+        return self.grid[best.T], emission.gather(1, best).T.double(), posterior
 
     def linearise(
         self,
         arrival: torch.Tensor,  # metres, shape (B, R)
         variance: torch.Tensor,  # m², of the time of arrival, shape (B, R)
         timed: torch.Tensor,  # shape (B, R)
-        position: torch.Tensor,  # metres, shape (B, 2)
-        emission: torch.Tensor,  # metres, shape (B,)
+        position: torch.Tensor,  # metres, shape (…, B, 2)
+        emission: torch.Tensor,  # metres, shape (…, B)
         robust: torch.Tensor | float = 1.0,  # 1: weights of the mixture; 0: all count fully
     ) -> Linearisation:
         "Residuals, weights and Jacobian about a position."
         distance, direction = self.geometry(position)
         mean, slope, deviation = self.look_up(position)
-        residual = arrival - distance - mean - emission[:, None]
+        residual = arrival - distance - mean - emission[..., None]
         variance, freedom = variance + deviation * deviation, self.constants[5]
         excess = 1 + residual * residual / (variance * freedom)
         cost = (freedom + 1) * excess.log()
         sound = torch.sigmoid((EXCLUDED_COST - cost) / 2)  # probability that the receiver is not one to do without
         weight = timed / variance * (robust * sound / excess + (1 - robust))
-        total = weight.sum(dim=1) + 1e-12
-        ground = direction[:, :, 2:] * position[:, None, :] / self.ground[1]  # the ground falls away as the source moves
-        jacobian = direction[:, :, :2] - ground + slope
-        mean_jacobian = (weight[:, :, None] * jacobian).sum(dim=1) / total[:, None]
-        unlikeliness = (timed * (cost + 2 * sound.log() + variance.log())).sum(dim=1) + ((timed / variance).sum(dim=1) + 1e-12).log()
-        mean_residual = (weight * residual).sum(dim=1) / total
-        centred = jacobian - mean_jacobian[:, None]
+        total = weight.sum(dim=-1) + 1e-12
+        ground = direction[..., 2:] * position[..., None, :] / self.ground[1]  # the ground falls away as the source moves
+        jacobian = direction[..., :2] - ground + slope
+        mean_jacobian = (weight[..., None] * jacobian).sum(dim=-2) / total[..., None]
+        unlikeliness = (timed * (cost + 2 * sound.log() + variance.log())).sum(dim=-1) + ((timed / variance).sum(dim=-1) + 1e-12).log()
+        mean_residual = (weight * residual).sum(dim=-1) / total
+        centred = jacobian - mean_jacobian[..., None, :]
         return Linearisation(residual, weight, centred, mean_jacobian, mean_residual, variance, deviation, direction, unlikeliness)
 
     def iterate(
@@ -286,67 +286,65 @@ class TdoaAnchor(SurveyedArea):
         arrival: torch.Tensor,  # metres, shape (B, R)
         variance: torch.Tensor,  # m², of the time of arrival, shape (B, R)
         timed: torch.Tensor,  # shape (B, R)
-        position: torch.Tensor,  # metres, shape (B, 2)
-        emission: torch.Tensor,  # metres, shape (B,)
+        position: torch.Tensor,  # metres, of S solutions of each session, shape (S, B, 2)
+        emission: torch.Tensor,  # metres, shape (S, B)
         steps: torch.Tensor,  # of each iteration: what widens the variance, in m²; 1 for robust weights of all, 0 for full weights of the kept; shape (I, 2)
-        kept: torch.Tensor,  # 0 for a receiver that is left out at first, shape (B, R)
+        kept: torch.Tensor,  # 0 for a receiver that is left out at first, shape (B, R) or (S, B, R)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # the last position and emission
         "Gauss–Newton; in an exported graph one `Scan`, which is eight times smaller than all iterations one after the other."
 
         def advance(state: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            place, time, robust = state[:, :2], state[:, 2], step[1]
+            place, time, robust = state[..., :2], state[..., 2], step[1]
             lines = self.linearise(arrival, variance + step[0], timed * (robust + (1 - robust) * kept), place, time, robust)
             place, time = self.step_from(lines, place, time)
-            return torch.cat([place, time[:, None]], dim=1), step.clone()
+            return torch.cat([place, time[..., None]], dim=-1), step.clone()
 
-        state = torch.cat([position, emission[:, None]], dim=1)
+        state = torch.cat([position, emission[..., None]], dim=-1)
         if torch.compiler.is_exporting():
             state, _ = scan(advance, state, steps)
         else:
             for step in steps:
                 state, _ = advance(state, step)
-        return state[:, :2], state[:, 2]
+        return state[..., :2], state[..., 2]
 
     def likeliest(
         self,
         arrival: torch.Tensor,  # metres, shape (B, R)
         variance: torch.Tensor,  # m², of the time of arrival, shape (B, R)
         timed: torch.Tensor,  # shape (B, R)
-        position: torch.Tensor,  # metres, of S solutions of each session, all first ones before all second ones, shape (S·B, 2)
-        emission: torch.Tensor,  # metres, shape (S·B,)
-        times: int,  # S
+        position: torch.Tensor,  # metres, of S solutions of each session, shape (S, B, 2)
+        emission: torch.Tensor,  # metres, shape (S, B)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position (B, 2) and emission (B,)
         "The likeliest solution of each session."
-        lines = self.linearise(arrival.repeat(times, 1), variance.repeat(times, 1), timed.repeat(times, 1), position, emission)
-        best = lines.unlikeliness.reshape(times, -1).argmin(dim=0, keepdim=True)
-        return position.reshape(times, -1, 2).gather(0, torch.stack([best, best], dim=2))[0], emission.reshape(times, -1).gather(0, best)[0]
+        best = self.linearise(arrival, variance, timed, position, emission).unlikeliness.argmin(dim=0, keepdim=True)
+        return position.gather(0, torch.stack([best, best], dim=2))[0], emission.gather(0, best)[0]
 
     def step_from(
         self,
         lines: Linearisation,  # about the position
-        position: torch.Tensor,  # metres, shape (B, 2)
-        emission: torch.Tensor,  # metres, shape (B,)
+        position: torch.Tensor,  # metres, shape (…, 2)
+        emission: torch.Tensor,  # metres, shape (…)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # the next position and emission
         "One Gauss–Newton step, of five cells of the start grid at most, which stays inside the grid."
-        weighted = lines.weight[:, :, None] * lines.jacobian
-        pull = (weighted * lines.residual[:, :, None]).sum(dim=1)
-        step = (self.inverse(weighted, lines.jacobian) * pull[:, None, :]).sum(dim=2)
-        step = step * (5 * self.step / ((step * step).sum(dim=1, keepdim=True).sqrt() + 1e-9)).clamp(max=1)
+        weighted = lines.weight[..., None] * lines.jacobian
+        pull = (weighted * lines.residual[..., None]).sum(dim=-2)
+        step = (self.inverse(weighted, lines.jacobian) * pull[..., None, :]).sum(dim=-1)
+        step = step * (5 * self.step / ((step * step).sum(dim=-1, keepdim=True).sqrt() + 1e-9)).clamp(max=1)
         moved = torch.maximum(torch.minimum(position + step, self.grid[-1]), self.grid[0])
-        return moved, emission + lines.mean_residual - (lines.mean_jacobian * (moved - position)).sum(dim=1)
+        return moved, emission + lines.mean_residual - (lines.mean_jacobian * (moved - position)).sum(dim=-1)
 
     def inverse(
         self,
-        weighted: torch.Tensor,  # Jacobian times weight, shape (B, R, 2)
-        jacobian: torch.Tensor,  # shape (B, R, 2)
-    ) -> torch.Tensor:  # shape (B, 2, 2)
+        weighted: torch.Tensor,  # Jacobian times weight, shape (…, R, 2)
+        jacobian: torch.Tensor,  # shape (…, R, 2)
+    ) -> torch.Tensor:  # shape (…, 2, 2)
         "Inverse of the information matrix, with a prior as wide as the grid."
         prior = 12 / (self.grid[-1] - self.grid[0]) ** 2
-        first = (weighted[..., 0] * jacobian[..., 0]).sum(dim=1) + prior[0]
-        mixed = (weighted[..., 0] * jacobian[..., 1]).sum(dim=1)
-        second = (weighted[..., 1] * jacobian[..., 1]).sum(dim=1) + prior[1]
+        first = (weighted[..., 0] * jacobian[..., 0]).sum(dim=-1) + prior[0]
+        mixed = (weighted[..., 0] * jacobian[..., 1]).sum(dim=-1)
+        second = (weighted[..., 1] * jacobian[..., 1]).sum(dim=-1) + prior[1]
         determinant = first * second - mixed * mixed
-        return torch.stack([second, -mixed, -mixed, first], dim=1).reshape(-1, 2, 2) / determinant[:, None, None]
+        return torch.stack([torch.stack([second, -mixed], dim=-1), torch.stack([-mixed, first], dim=-1)], dim=-2) / determinant[..., None, None]
 
     def covariance(
         self,
@@ -369,16 +367,13 @@ class TdoaAnchor(SurveyedArea):
         zero = torch.zeros_like(timed)
         arrival, snr = torch.where(timed > 0, delay.double(), zero) * self.constants[0], torch.where(timed > 0, snr.double(), zero)
         variance = delay_variance(snr, timed, self.constants[1], self.constants[2]) * self.constants[0] ** 2 + self.constants[3] ** 2
-        start, emission, posterior = self.start(arrival, variance, timed)
-        measured = arrival, variance, timed
-        repeated = arrival.repeat(STARTS, 1), variance.repeat(STARTS, 1), timed.repeat(STARTS, 1)
-        solutions = self.iterate(*repeated, start, emission, self.from_start, torch.ones_like(repeated[2]))
-        position, emission = self.likeliest(*measured, *solutions, STARTS)
-        receivers = timed.shape[1]
-        kept = (1 - torch.eye(receivers, dtype=timed.dtype, device=timed.device))[:, None] + zero[None]
-        each = arrival.repeat(receivers, 1), variance.repeat(receivers, 1), timed.repeat(receivers, 1)
-        others = self.iterate(*each, position.repeat(receivers, 1), emission.repeat(receivers), self.leaving_out, kept.reshape(-1, receivers))
-        position, emission = self.likeliest(*measured, torch.cat([position, others[0]]), torch.cat([emission, others[1]]), receivers + 1)
+        measured, left_out = (arrival, variance, timed), torch.eye(timed.shape[1], dtype=timed.dtype, device=timed.device)[:, None]
+        start, emission, posterior = self.start(*measured)
+        solutions = self.iterate(*measured, start, emission, self.from_start, torch.ones_like(timed))
+        position, emission = self.likeliest(*measured, *solutions)
+        each = position + torch.zeros_like(left_out[..., :1]), emission + torch.zeros_like(left_out[..., 0])
+        others = self.iterate(*measured, *each, self.leaving_out, 1 - left_out + zero)
+        position, emission = self.likeliest(*measured, torch.cat([position[None], others[0]]), torch.cat([emission[None], others[1]]))
         enough = timed.sum(dim=1) >= 3
         centre = posterior @ self.grid
         position = torch.where(enough[:, None], position, centre)

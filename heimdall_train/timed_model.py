@@ -112,15 +112,15 @@ def another_step(
     "One step of the fix, three of its standard deviations and 100 m at most; where fewer than three receivers count, the fix as it is."
     weight = fix.weight * torch.exp(trust)
     total = weight.sum(dim=1, keepdim=True) + 1e-12
-    jacobian = fix.jacobian - ((weight[:, :, None] * fix.jacobian).sum(dim=1) / total)[:, None]
+    jacobian = fix.jacobian - ((weight[..., None] * fix.jacobian).sum(dim=1) / total)[:, None]
     residual = fix.residual - late
-    pull = (weight * (residual - (weight * residual).sum(dim=1, keepdim=True) / total))[:, :, None] * jacobian
-    first, mixed, second = ((weight * jacobian[:, :, one] * jacobian[:, :, other]).sum(dim=1) for one, other in ((0, 0), (0, 1), (1, 1)))
+    pull = (weight * (residual - (weight * residual).sum(dim=1, keepdim=True) / total))[..., None] * jacobian
+    first, mixed, second = ((weight * jacobian[..., one] * jacobian[..., other]).sum(dim=1) for one, other in ((0, 0), (0, 1), (1, 1)))
     first, second = first + 1e-9, second + 1e-9  # a prior of 30 km, so that there always is an inverse
     inverse = torch.stack([second, -mixed, -mixed, first], dim=1) / (first * second - mixed * mixed)[:, None]
     covariance = inverse.reshape(-1, 2, 2)
-    step = (covariance @ pull.sum(dim=1)[:, :, None])[:, :, 0]
-    longest = 3 * (fix.covariance[:, 0, 0] + fix.covariance[:, 1, 1]).sqrt() + 100
+    step = (covariance @ pull.sum(dim=1)[..., None])[..., 0]
+    longest = 3 * (fix.covariance[..., 0, 0] + fix.covariance[..., 1, 1]).sqrt() + 100
     step = step * (longest / ((step * step).sum(dim=1) + 1e-6).sqrt()).clamp(max=1)[:, None]
     enough = (fix.weight > 0).sum(dim=1) >= MINIMUM_TIMED
     return fix.position + step * enough[:, None], torch.where(enough[:, None, None], covariance, fix.covariance)
@@ -153,13 +153,13 @@ class Opinions(nn.Module):
         counts: torch.Tensor,  # 1 for a receiver that counts, shape (B, R)
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # late in deviations (B, R), logarithm of the trust (B, R), summary (B, 2 · width)
         "How late each receiver is, how far it is to be trusted, and a summary of all of them."
-        counts = counts[:, :, None]
+        counts = counts[..., None]
         total = counts.sum(dim=1) + 1e-6
         opinion = self.body(self.of_receiver(features * counts) + self.of_session(session)[:, None] + self.own)
         mean = (opinion * counts).sum(dim=1) / total
         opinion = self.together(torch.cat([opinion, mean[:, None] + torch.zeros_like(opinion)], dim=2))
         late, trust = self.head(opinion).unbind(dim=2)
-        return late * counts[:, :, 0], trust.clamp(-6, 3) * counts[:, :, 0], torch.cat([mean, (opinion * counts).sum(dim=1) / total], dim=1)
+        return late * counts[..., 0], trust.clamp(-6, 3) * counts[..., 0], torch.cat([mean, (opinion * counts).sum(dim=1) / total], dim=1)
 
 # %% ../nbs/52_timed_model.ipynb #0e0b5f3d
 SEEN, RECEIVER_FEATURES, SESSION_FEATURES = 64, 11 + SIGNS, 4
@@ -280,8 +280,8 @@ class TimedNet(nn.Module):
         late, trust, summary = self.judge(inputs, fix)
         position, covariance = another_step(fix, late, trust)
         weight = fix.weight * torch.exp(trust)
-        jacobian = fix.jacobian - (weight[:, :, None] * fix.jacobian).sum(dim=1, keepdim=True) / (weight.sum(dim=1)[:, None, None] + 1e-12)
-        moved = covariance @ (weight[:, :, None] * jacobian).transpose(1, 2) * fix.deviation[:, None, :]
+        jacobian = fix.jacobian - (weight[..., None] * fix.jacobian).sum(dim=1, keepdim=True) / (weight.sum(dim=1)[:, None, None] + 1e-12)
+        moved = covariance @ (weight[..., None] * jacobian).transpose(1, 2) * fix.deviation[:, None, :]
         _, concluded = self.conclude(summary, position, covariance)
         return cholesky_2x2(concluded) @ torch.linalg.inv(cholesky_2x2(covariance + torch.eye(2))) @ moved
 
@@ -302,12 +302,12 @@ class TimedNet(nn.Module):
         fix: TimedFix,  # from `locate`
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # metres late (B, R), logarithm of the trust (B, R), summary (B, 2 · width)
         "What each receiver's measurements are worth in a session."
-        maps, counts, heard = inputs[0].float(), (fix.weight > 0).float(), inputs[1][:, :, 3].float()
+        maps, counts, heard = inputs[0].float(), (fix.weight > 0).float(), inputs[1][..., 3].float()
         seen = self.narrowed(self.see(maps, counts, heard))
         deviation, factor = fix.variance.clamp(min=1).sqrt(), cholesky_2x2(fix.covariance + torch.eye(2))
         about = torch.stack(
             [
-                (inputs[1][:, :, 1].float() - self.snr_mean) / self.snr_deviation,
+                (inputs[1][..., 1].float() - self.snr_mean) / self.snr_deviation,
                 heard,
                 counts,
                 fix.residual / deviation,
@@ -334,8 +334,8 @@ class TimedNet(nn.Module):
     ) -> torch.Tensor:  # shape (B, 512)
         "What the backbone makes of the standardised maps."
         receivers = len(self.network)
-        levels = (maps[:, :receivers] - self.map_mean[:, None, None]) / self.map_deviation[:, None, None] * heard[:, :, None, None]
-        return self.backbone(torch.cat([levels, maps[:, receivers:] * torch.cat([counts, counts], dim=1)[:, :, None, None]], dim=1))
+        levels = (maps[:, :receivers] - self.map_mean[:, None, None]) / self.map_deviation[:, None, None] * heard[..., None, None]
+        return self.backbone(torch.cat([levels, maps[:, receivers:] * torch.cat([counts, counts], dim=1)[..., None, None]], dim=1))
 
     def augment(
         self,
@@ -345,16 +345,16 @@ class TimedNet(nn.Module):
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:  # inputs, and 1 for each receiver that stays, shape (B, R)
         "The session as it might have been: receivers missing (the reference stays, to which everything is relative), gains changed, a clock slipped."
         maps, scalars, timed = inputs
-        receivers, heard = len(self.network), scalars[:, :, 3]
-        reference = timed * (scalars[:, :, 2] == 0).float()
+        receivers, heard = len(self.network), scalars[..., 3]
+        reference = timed * (scalars[..., 2] == 0).float()
         share = 0.3 * torch.rand(len(heard), 1, generator=generator)
         working = torch.maximum((torch.rand(heard.shape, generator=generator) >= share).float(), reference)
         working = torch.where((timed * self.anchor.known.float() * working).sum(dim=1, keepdim=True) >= MINIMUM_TIMED, working, torch.ones_like(working))
         change = gain_drift * torch.randn(heard.shape, generator=generator)
-        maps = torch.cat([maps[:, :receivers].float() + change[:, :, None, None], maps[:, receivers:].float()], dim=1)
+        maps = torch.cat([maps[:, :receivers].float() + change[..., None, None], maps[:, receivers:].float()], dim=1)
         late = slipped_clocks(timed * working, generator)
         late = (late - (late * reference).sum(dim=1, keepdim=True)) * timed
-        scalars = torch.stack([scalars[:, :, 0] + change, scalars[:, :, 1], scalars[:, :, 2] + late, heard], dim=2) * working[:, :, None]
+        scalars = torch.stack([scalars[..., 0] + change, scalars[..., 1], scalars[..., 2] + late, heard], dim=2) * working[..., None]
         return (maps, scalars, timed * working), working
 
 # %% ../nbs/52_timed_model.ipynb #53fece5e
