@@ -7,7 +7,8 @@ __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', '
            'TestSeedOption', 'CacheOption', 'ResumeOption', 'OutOption', 'ModelOption', 'TestOption',
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
            'JsonOption', 'DebugOption', 'main_callback', 'ingest_levels_command', 'ingest_recordings_command',
-           'catalog_init', 'catalog_upgrade', 'simulate', 'train', 'evaluate', 'export', 'predict', 'demo', 'main']
+           'catalog_init', 'catalog_upgrade', 'simulate', 'train', 'evaluate', 'export', 'predict', 'doctor', 'demo',
+           'main']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
@@ -383,6 +384,35 @@ def predict(
         print(json.dumps(answers))
     elif out is None:
         print(_csv(answers), end='')
+
+
+@app.command()
+def doctor(
+    catalog: CatalogOption = None,
+    store: StoreOption = None,
+    out: OutOption = None,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Check what a run needs: Python, packages, disk, catalog, store, tracking; exit code 1 where something is wrong."
+
+    def call(config):
+        from heimdall_train.doctor import examine
+
+        return examine(config)
+
+    findings = _run(call, debug, catalog=catalog, store=store, out=out, tracking=tracking)
+    healthy = all(finding.healthy for finding in findings)
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps({'healthy': healthy, 'findings': [asdict(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            print(f'{"✓" if finding.healthy else "✗"} {finding.check:9} {finding.found}')
+    if not healthy:
+        raise typer.Exit(1)
 
 
 def _csv(answers: list[dict]) -> str:

@@ -34,6 +34,7 @@ OPTIONS = {
     'catalog init': ['--catalog', '--debug', '--json'],
     'catalog upgrade': ['--catalog', '--debug', '--json'],
     'demo': ['--debug', '--epochs', '--json', '--out', '--scene', '--seed'],
+    'doctor': ['--catalog', '--debug', '--json', '--out', '--store', '--tracking'],
     'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
     'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],
     'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
