@@ -644,7 +644,7 @@ def _recordings_to_locate(table: str | Path, located: '_Located', allow_rejects:
     for session in sessions:
         kept = []
         for recording in session.recordings:
-            samples = inspect_iq(local_path(recording.iq_uri or '', 'recording')).samples
+            samples = inspect_iq(local_path(recording.iq_uri or '', 'recording')).samples if recording.iq is None else len(recording.iq)
             if (recording.sample_rate, samples) == (located.sample_rate, located.samples):
                 kept.append(recording)
             else:
@@ -665,7 +665,8 @@ def _recorded_inputs(sessions: list[Session], network: Network) -> dict[str, np.
     loaded = [
         replace(
             session,
-            recordings=tuple(replace(each, iq=read_iq(local_path(each.iq_uri or '', 'recording'))) for each in session.recordings),
+            recordings=tuple(each if each.iq is not None else replace(each, iq=read_iq(local_path(each.iq_uri or '', 'recording')))
+                             for each in session.recordings),
         )
         for session in sessions
     ]

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import jsonschema
@@ -150,6 +151,29 @@ def test_predict_from_files_by_run_and_bundle(chain: Chain, tmp_path: Path):
         assert one['note'] == ''
 
 
+def test_sigmf_recordings_are_located_like_npy(chain: Chain, tmp_path: Path):
+    "With the same samples and the same start, to the nanosecond that a stamp has."
+    manifest = write_manifest(tmp_path / 'field', chain.scene, range(2))
+    expected = json.loads(succeed('predict', manifest, '--model', chain.run, '--json').stdout)
+    with open(manifest, newline='') as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        path = (tmp_path / 'field' / row['file']).with_suffix('.sigmf-meta')
+        np.load(tmp_path / 'field' / row['file']).astype(np.complex64).tofile(path.with_suffix('.sigmf-data'))
+        start, offset = datetime.fromisoformat(row['started_at']), float(row['start_offset'])
+        assert start.microsecond == 0 and 0 <= offset < 1
+        described = {'core:datatype': 'cf32_le', 'core:sample_rate': float(row['sample_rate']), 'core:version': '1.2.0'}
+        capture = {'core:sample_start': 0, 'core:datetime': f'{start:%Y-%m-%dT%H:%M:%S}.{round(offset * 1e9):09d}Z'}
+        path.write_text(json.dumps({'global': described, 'captures': [capture], 'annotations': []}))
+        row['file'], row['duration_s'] = path.name, '1.0'
+    with open(manifest, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for one, other in zip(json.loads(succeed('predict', manifest, '--model', chain.run, '--json').stdout), expected, strict=True):
+        assert (one['latitude'], one['longitude']) == pytest.approx((other['latitude'], other['longitude']), abs=1e-5)
+
+
 def test_what_is_odd_about_the_clocks_is_said(chain: Chain, tmp_path: Path):
     "Two clocks are too few for times of arrival, and one that is 50 µs wrong is named; by the run folder and by the bundle."
     manifest = write_manifest(tmp_path / 'field', chain.scene, range(3))
@@ -170,14 +194,6 @@ def test_what_is_odd_about_the_clocks_is_said(chain: Chain, tmp_path: Path):
         notes = [answer['note'] for answer in json.loads(succeed('predict', manifest, '--model', model, '--json').stdout)]
         assert notes[0] == '' and notes[1].startswith('2 receiver')
         assert notes[2].startswith('Montanaro is ') and 'late' in notes[2]
-
-
-def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
-    before = (chain.run / 'checkpoints' / 'best.safetensors').read_bytes()
-    succeed('train', '--resume', '--out', chain.run)
-    assert (chain.run / 'checkpoints' / 'best.safetensors').read_bytes() == before
-    refused = CliRunner().invoke(app, ['train', '--resume', '--out', str(chain.run), '--epochs', '5'])
-    assert refused.exit_code == 2 and 'belong to another training' in refused.stderr
 
 
 def test_damaged_recordings_are_set_aside_and_the_rest_is_located(chain: Chain, tmp_path: Path):
@@ -291,6 +307,15 @@ def write_cache(scene_file: Path, folder: Path) -> None:
     "Compute a cache of twelve sessions."
     scene = load_scene(scene_file)
     cached_features(folder, 'key', scene_world(scene).network, lambda: simulate_sessions(scene, 'train', numbers=range(12)), 12)
+
+
+def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
+    "The last test here: a training makes the bundle of the run invalid."
+    before = (chain.run / 'checkpoints' / 'best.safetensors').read_bytes()
+    succeed('train', '--resume', '--out', chain.run)
+    assert (chain.run / 'checkpoints' / 'best.safetensors').read_bytes() == before
+    refused = CliRunner().invoke(app, ['train', '--resume', '--out', str(chain.run), '--epochs', '5'])
+    assert refused.exit_code == 2 and 'belong to another training' in refused.stderr
 
 
 def write_manifest(folder: Path, scene_file: Path, numbers: range, samples: int | None = None) -> Path:

@@ -6,7 +6,8 @@ import pytest
 from notebooks import CellError, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-ONCE = {'36_iq_features', '45_anchor', '46_tdoa', '70_training', '90_pipeline'}  # minutes each: by nbdev-test only; the tests here call what they export
+# minutes each: by nbdev-test only; the tests here call what they export
+ONCE = {'36_iq_features', '45_anchor', '46_tdoa', '70_training', '80_export', '90_pipeline'}
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').glob('[0-9]*.ipynb') if path.stem not in ONCE)
 
 
