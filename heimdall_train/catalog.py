@@ -356,6 +356,7 @@ class Catalog:
         network: Network,  # new, or a correction of the one of the same name
     ) -> None:
         "Add or correct a network; `HeimdallError` where that takes away or moves a receiver that others need."
+        self._columns = None  # an SQLite file gets its tables now
         self.database.write(lambda connection: _put_network(connection, network))
 
     def networks(self) -> list[Network]:  # by name

@@ -237,7 +237,7 @@ def _kiwi_capture(iq: np.ndarray, rate: float, first: np.ndarray, stamps: list[t
     weeks = round(((near - GPS_EPOCH).total_seconds() + GPS_AHEAD - origin) / WEEK)
     whole = math.floor(begin)
     second = GPS_EPOCH + timedelta(seconds=weeks * WEEK + origin + whole - GPS_AHEAD)
-    return Capture(iq, 1 / period, Moment(second, begin - whole), clocked=True)
+    return Capture(iq, float(1 / period), Moment(second, float(begin - whole)), clocked=True)
 
 # %% ../nbs/18_formats.ipynb #7530a71c
 HALF_TAPS, BETA = 32, 10.0

@@ -85,7 +85,13 @@ class Run:
         self._log(artifact=str(Path(path).resolve()), folder=folder)
 
     def reopen(self) -> None:
-        "Go on with a run."
+        "Go on with a run; raises where the server answers that this may not be."
+        try:
+            self.client.get_run(self.run_id)
+        except Exception as error:
+            status = getattr(error, 'get_http_status_code', lambda: 500)()
+            if self._file is None or 400 <= status < 500:
+                raise
         self._log(status='RUNNING')
 
     def finish(self) -> None:
