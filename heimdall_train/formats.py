@@ -250,8 +250,11 @@ def on_axis(
     samples: int,  # how many
     where: str,  # the recording's name, for messages
 ) -> np.ndarray:  # shape (samples,) complex64
-    "The samples at other instants; `HeimdallError` where the recording begins later or ends earlier."
+    "The samples at other instants; `HeimdallError` where the recording begins later, ends earlier, or has a lower rate."
     iq, rate = capture.iq, capture.sample_rate
+    if sample_rate > 1.001 * rate:
+        raise HeimdallError(f'{where} has {rate:.0f} samples a second and {sample_rate:.0f} are wanted: the band beyond its own would pass for silence; '
+                            'give sample_rate as the lowest of the receivers')
     last = begin + (samples - 1) / sample_rate
     if begin < -0.5 / rate or last > (len(iq) - 0.5) / rate:
         raise HeimdallError(f'{where} lasts from 0 to {len(iq) / rate:.6f} s, and {begin:.6f} to {last:.6f} s are wanted of it')

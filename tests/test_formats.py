@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from heimdall_train.catalog import Catalog
-from heimdall_train.formats import GPS_AHEAD, GPS_EPOCH, WEEK, Capture, read_sigmf, read_wav
+from heimdall_train.formats import GPS_AHEAD, GPS_EPOCH, WEEK, Capture, on_axis, read_sigmf, read_wav
 from heimdall_train.ingest_recordings import ingest_recordings, read_recordings
 from heimdall_train.network import HeimdallError, Network, Receiver
 from heimdall_train.object_store import open_store
@@ -55,7 +55,7 @@ def campaign(tmp_path: Path) -> Path:
     "One transmission in five files: .npy, two SigMF of other rates, a KiwiSDR with a fast clock, a WAV without stamps."
     folder = tmp_path / 'evening'
     folder.mkdir()
-    (folder / 'roof.npy').write_bytes(encode_iq(voice(0.25 + np.arange(12_500) / 12_500).astype(np.complex64)))
+    (folder / 'roof.npy').write_bytes(encode_iq(voice(0.25 + np.arange(12_000) / 12_000).astype(np.complex64)))
     write_sigmf(folder / 'mast.sigmf-meta', 25_000.0, 0.1 + 123e-9, 40_000, DELAYS['mast'])
     write_sigmf(folder / 'hill.sigmf-meta', 20_833.25, -0.5, 60_000, DELAYS['hill'])
     write_wav(folder / 'tower.wav', 12_000 * (1 + 90e-6), -1.2345678, 40_000, DELAYS['tower'])
@@ -63,7 +63,7 @@ def campaign(tmp_path: Path) -> Path:
     rows = ['session_id,receiver,started_at,frequency_hz,sample_rate,start_offset,clock_error_s,lat,lon,source,error_m,file,duration_s']
     for name, file, clock in [('roof', 'roof.npy', '0'), ('mast', 'mast.sigmf-meta', '2e-8'), ('hill', 'hill.sigmf-meta', '0'),
                               ('tower', 'tower.wav', ''), ('attic', 'attic.wav', '')]:
-        rows.append(f'voice,{name},{START.isoformat()},145.5e6,12500,0.25,{clock},45.04,7.66,car,5,{file},1.0')
+        rows.append(f'voice,{name},{START.isoformat()},145.5e6,12000,0.25,{clock},45.04,7.66,car,5,{file},1.0')
     (folder / 'recordings.csv').write_text('\n'.join(rows) + '\n')
     return folder
 
@@ -73,9 +73,9 @@ def test_every_format_ends_on_one_time_axis(campaign: Path, tmp_path: Path):
     report = ingest_recordings(campaign, catalog, store, NETWORK)
     assert (report.sessions, report.recordings, report.rejects) == (1, 5, ())
     session, = catalog.sessions()
-    wanted = 0.25 + np.arange(12_500) / 12_500
+    wanted = 0.25 + np.arange(12_000) / 12_000
     for recording in session.recordings:
-        assert recording.iq_uri is not None and (recording.sample_rate, recording.start_offset) == (12_500.0, 0.25)
+        assert recording.iq_uri is not None and (recording.sample_rate, recording.start_offset) == (12_000.0, 0.25)
         iq, exact = store.read_recording(recording.iq_uri)[64:], voice(wanted - DELAYS[recording.receiver])[64:]  # attic.wav has nothing before
         assert np.abs(iq - exact).max() < 2e-4, recording.receiver
         # a delay turns the phase by its product with the momentary frequency: what is left of it, in seconds
@@ -87,6 +87,17 @@ def test_every_format_ends_on_one_time_axis(campaign: Path, tmp_path: Path):
     assert (again.sessions, again.unchanged) == (0, 1)
     _, (looked,), _ = read_recordings(campaign, NETWORK)
     assert [recording.iq is None for recording in looked.recordings] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize('rate', [12_001.0, 20_833.25, 48_000.0, 250_000.0])
+def test_noise_keeps_its_density_and_no_silence_is_added(rate: float):
+    "An SNR is held against the noise in the band: what is interpolated must have as much of it in each part as what was recorded."
+    noise = np.random.default_rng(0).normal(0, 1, (int(4.1 * rate), 2)) @ [1, 1j] * np.sqrt(rate / 12_000 / 2)  # a power of 1 in 12 kHz
+    iq = on_axis(Capture(noise.astype(np.complex64), rate), 0.01, 12_000.0, 48_000, 'x')
+    density = (np.abs(np.fft.fftshift(np.fft.fft(iq.reshape(-1, 480), axis=1), axes=1))**2 / 480).mean(axis=0).reshape(24, 20).mean(axis=1)
+    assert np.abs(10 * np.log10(density[2:-2])).max() < 0.5 and 10 * np.log10(density).min() > -4
+    with pytest.raises(HeimdallError, match='would pass for silence'):
+        on_axis(Capture(noise.astype(np.complex64), 11_900.0), 0.0, 12_000.0, 1000, 'x')
 
 
 def test_what_does_not_fit_is_set_aside(campaign: Path, tmp_path: Path):
