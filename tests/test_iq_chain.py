@@ -155,8 +155,7 @@ def test_sigmf_recordings_are_located_like_npy(chain: Chain, tmp_path: Path):
     "With the same samples and the same start, to the nanosecond that a stamp has."
     manifest = write_manifest(tmp_path / 'field', chain.scene, range(2))
     expected = json.loads(succeed('predict', manifest, '--model', chain.run, '--json').stdout)
-    with open(manifest, newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(manifest.read_text().splitlines()))
     for row in rows:
         path = (tmp_path / 'field' / row['file']).with_suffix('.sigmf-meta')
         np.load(tmp_path / 'field' / row['file']).astype(np.complex64).tofile(path.with_suffix('.sigmf-data'))
@@ -166,10 +165,7 @@ def test_sigmf_recordings_are_located_like_npy(chain: Chain, tmp_path: Path):
         capture = {'core:sample_start': 0, 'core:datetime': f'{start:%Y-%m-%dT%H:%M:%S}.{round(offset * 1e9):09d}Z'}
         path.write_text(json.dumps({'global': described, 'captures': [capture], 'annotations': []}))
         row['file'], row['duration_s'] = path.name, '1.0'
-    with open(manifest, 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(manifest, rows)
     for one, other in zip(json.loads(succeed('predict', manifest, '--model', chain.run, '--json').stdout), expected, strict=True):
         assert (one['latitude'], one['longitude']) == pytest.approx((other['latitude'], other['longitude']), abs=1e-5)
 
@@ -177,8 +173,7 @@ def test_sigmf_recordings_are_located_like_npy(chain: Chain, tmp_path: Path):
 def test_what_is_odd_about_the_clocks_is_said(chain: Chain, tmp_path: Path):
     "Two clocks are too few for times of arrival, and one that is 50 µs wrong is named; by the run folder and by the bundle."
     manifest = write_manifest(tmp_path / 'field', chain.scene, range(3))
-    with open(manifest, newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(manifest.read_text().splitlines()))
     sessions = list(dict.fromkeys(row['session_id'] for row in rows))
     for row in rows:
         place = int(row['file'].rpartition('-')[2].removesuffix('.npy'))
@@ -186,10 +181,7 @@ def test_what_is_odd_about_the_clocks_is_said(chain: Chain, tmp_path: Path):
             row['clock_error_s'] = ''
         if row['session_id'] == sessions[2] and place == 1:
             row['clock_error_s'] = '-5e-5'
-    with open(manifest, 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(manifest, rows)
     for model in (chain.run, chain.bundle):
         notes = [answer['note'] for answer in json.loads(succeed('predict', manifest, '--model', model, '--json').stdout)]
         assert notes[0] == '' and notes[1].startswith('2 receiver')
@@ -318,6 +310,14 @@ def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
     assert refused.exit_code == 2 and 'belong to another training' in refused.stderr
 
 
+def write_rows(manifest: Path, rows: list[dict]) -> None:
+    "Rows of a manifest, all with the same columns."
+    with open(manifest, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_manifest(folder: Path, scene_file: Path, numbers: range, samples: int | None = None) -> Path:
     "Test sessions of a scene as somebody else's files."
     rows = []
@@ -333,10 +333,7 @@ def write_manifest(folder: Path, scene_file: Path, numbers: range, samples: int 
                 'clock_error_s': recording.clock_error_s, 'lat': session.source.latitude, 'lon': session.source.longitude,
                 'source': session.source.name, 'error_m': session.source.error_m, 'file': name,
             })
-    with open(folder / 'recordings.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(folder / 'recordings.csv', rows)
     return folder / 'recordings.csv'
 
 
