@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=['heimdall_train', 'heimdall_train.*']),
     package_data={'heimdall_train': ['scenes/*.yaml', 'py.typed']},
     install_requires=settings['requirements'].split(),
-    extras_require={'dev': settings['dev_requirements'].split()},
+    extras_require={extra: settings[f'{extra}_requirements'].split() for extra in ('jobs', 'sign', 'lightning', 'dev')},
     entry_points={
         'console_scripts': settings['console_scripts'].split(),
         'nbdev': ['heimdall_train=heimdall_train._modidx:d'],
