@@ -20,7 +20,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .network import HeimdallError
-from .store import Store, checked_key, explain_os_error, local_path
+from .store import Store, StoreUnreachable, checked_key, explain_os_error, local_path, split_uri
 
 # %% ../nbs/12_object_store.ipynb #1b7c4e25
 class S3Settings(BaseSettings):
@@ -62,11 +62,12 @@ class _Damaged(Exception):
 def _may_pass(error: BaseException) -> bool:
     "Whether the same request may succeed later."
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+    from botocore.parsers import ResponseParserError
 
     if isinstance(error, ClientError):
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode', 0)
         return status >= 500 or status == 429 or _code(error) in ('RequestTimeout', 'SlowDown', 'BadDigest', 'IncompleteBody')
-    return isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError | _Damaged)
+    return isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError | ResponseParserError | _Damaged)
 
 
 def _code(error: Any) -> str:
@@ -86,9 +87,13 @@ _REASONS = {
 }
 
 
+_ABSENT = ('NoSuchKey', '404')  # what a server says of an object; anything else is about the server
+
+
 def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
     "A failed request in one line, with what to do next."
     from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+    from botocore.parsers import ResponseParserError
 
     if isinstance(error, NoCredentialsError):
         reason = 'no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY'
@@ -98,10 +103,13 @@ def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
         reason = 'its bytes are not those that were written (their SHA-256 differs): restore it from a copy, or ingest it again'
     elif isinstance(error, EndpointConnectionError):
         reason = 'the server does not answer: check the endpoint and the network'
+    elif isinstance(error, ResponseParserError):
+        reason = 'the answer is no valid XML: check what stands between this machine and the server'
     else:
         reason = 'the server stalls' if isinstance(error, ReadTimeoutError) else f'the connection fails ({type(error).__name__})'
     tried = f' (tried for {seconds:.0f} s)' if _may_pass(error) and not isinstance(error, _Damaged) else ''
-    return HeimdallError(f'{what}: {reason}{tried}')
+    about_object = isinstance(error, _Damaged) or (isinstance(error, ClientError) and _code(error) in _ABSENT)
+    return (HeimdallError if about_object else StoreUnreachable)(f'{what}: {reason}{tried}')
 
 # %% ../nbs/12_object_store.ipynb #35552c65
 PART = 2**24  # bytes, of an object that travels in one piece, and of the parts of a larger one
@@ -136,6 +144,7 @@ class S3Store(Store):
     def _patiently(self, what: str, action: Callable[[float], Answer]) -> Answer:
         "The answer to a request, repeated until it comes, cannot come, or the deadline is over."
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
         from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
         begun, damaged = time.monotonic(), 0
@@ -149,7 +158,7 @@ class S3Store(Store):
                             wait=wait_random_exponential(multiplier=0.2, max=min(10.0, self.settings.deadline_s / 4)), reraise=True)
         try:
             return attempts(action, begun + self.settings.deadline_s)
-        except (BotoCoreError, ClientError, _Damaged) as error:
+        except (BotoCoreError, ClientError, ResponseParserError, _Damaged) as error:
             raise _explain(what, error, time.monotonic() - begun) from error
 
     def write(
@@ -263,11 +272,11 @@ class S3Store(Store):
         "Key of a URI; `HeimdallError` where it lies outside this store."
         if not uri.startswith(f'{self.root}/'):
             raise HeimdallError(f'{uri} is not in the store {self.root}: open the store that holds it')
-        return checked_key(uri.removeprefix(f'{self.root}/'))
+        return checked_key(split_uri(uri)[0].removeprefix(f'{self.root}/'))
 
     def fingerprints(
         self,
-        uris: Iterable[str],  # as returned by `write_recording`
+        uris: Iterable[str],  # of recordings, or of what holds them
     ) -> dict[str, str]:  # by URI; changes with the content
         "The server's digest (ETag) of what is at each URI, by one listing of what they share; empty where there is nothing."
         names = {uri: self._name(self.key(uri)) for uri in uris}
