@@ -62,12 +62,11 @@ class _Damaged(Exception):
 def _may_pass(error: BaseException) -> bool:
     "Whether the same request may succeed later."
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
-    from botocore.parsers import ResponseParserError
 
     if isinstance(error, ClientError):
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode', 0)
         return status >= 500 or status == 429 or _code(error) in ('RequestTimeout', 'SlowDown', 'BadDigest', 'IncompleteBody')
-    return isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError | ResponseParserError | _Damaged)
+    return isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError | _Damaged)
 
 
 def _code(error: Any) -> str:
@@ -93,7 +92,6 @@ _ABSENT = ('NoSuchKey', '404')  # what a server says of an object; anything else
 def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
     "A failed request in one line, with what to do next."
     from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
-    from botocore.parsers import ResponseParserError
 
     if isinstance(error, NoCredentialsError):
         reason = 'no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or HEIMDALL_S3_ACCESS_KEY and HEIMDALL_S3_SECRET_KEY'
@@ -103,8 +101,6 @@ def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
         reason = 'its bytes are not those that were written (their SHA-256 differs): restore it from a copy, or ingest it again'
     elif isinstance(error, EndpointConnectionError):
         reason = 'the server does not answer: check the endpoint and the network'
-    elif isinstance(error, ResponseParserError):
-        reason = 'the answer is no valid XML: check what stands between this machine and the server'
     else:
         reason = 'the server stalls' if isinstance(error, ReadTimeoutError) else f'the connection fails ({type(error).__name__})'
     tried = f' (tried for {seconds:.0f} s)' if _may_pass(error) and not isinstance(error, _Damaged) else ''
@@ -144,7 +140,6 @@ class S3Store(Store):
     def _patiently(self, what: str, action: Callable[[float], Answer]) -> Answer:
         "The answer to a request, repeated until it comes, cannot come, or the deadline is over."
         from botocore.exceptions import BotoCoreError, ClientError
-        from botocore.parsers import ResponseParserError
         from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
         begun, damaged = time.monotonic(), 0
@@ -158,7 +153,7 @@ class S3Store(Store):
                             wait=wait_random_exponential(multiplier=0.2, max=min(10.0, self.settings.deadline_s / 4)), reraise=True)
         try:
             return attempts(action, begun + self.settings.deadline_s)
-        except (BotoCoreError, ClientError, ResponseParserError, _Damaged) as error:
+        except (BotoCoreError, ClientError, _Damaged) as error:
             raise _explain(what, error, time.monotonic() - begun) from error
 
     def write(

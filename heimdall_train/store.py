@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'Item', 'Result', 'Source', 'Recording', 'Session', 'explain_os_error', 'write_file', 'local_path',
-           'encode_iq', 'decode_iq', 'split_uri', 'StoreUnreachable', 'checked_key', 'Store', 'ahead']
+           'encode_iq', 'decode_iq', 'split_uri', 'key_part', 'StoreUnreachable', 'checked_key', 'Store', 'ahead']
 
 # %% ../nbs/10_store.ipynb #aa5e183a
 import errno
@@ -230,6 +230,13 @@ def _member(content: bytes, name: str, where: str) -> bytes:
     raise HeimdallError(f'{where}: {name!r} is compressed, or larger than the archive: write it as numpy.savez does')
 
 # %% ../nbs/10_store.ipynb #95644866
+def key_part(
+    name: str,  # any printable text
+) -> str:  # without slashes and leading dot
+    "A name as a part of a key: what cannot stand there is escaped as in a URI."
+    return re.sub(r'^\.', '%2E', quote(name, safe=' :@+,=()'))
+
+
 class StoreUnreachable(HeimdallError):
     "A store does not answer, or not to these credentials: nothing is known about what it holds."
 
@@ -335,7 +342,7 @@ class Store:
         samples: int,  # complex samples of each recording
     ) -> dict[str, str]:  # by receiver, for `Recording.iq_uri`
         "Where a session's recordings are, or will be: together in an archive where they are small, else one file each."
-        session, *names = (re.sub(r'^\.', '%2E', quote(name, safe=' :@+,=()')) for name in (session_id, *receivers))
+        session, *names = (key_part(name) for name in (session_id, *receivers))
         if 8 * samples * len(receivers) <= SMALL:
             archive = self.uri(f'sessions/{session}.npz')
             return {receiver: f'{archive}#{quote(name)}' for receiver, name in zip(receivers, names, strict=True)}
@@ -349,13 +356,20 @@ class Store:
         "Keep the samples of a session."
         longest = max((len(iq) // 2 if iq.dtype == np.int16 else len(iq) for iq in samples.values()), default=0)
         uris = self.recording_uris(session_id, list(samples), longest)
+        self.write_recordings({uris[receiver]: iq for receiver, iq in samples.items()})
+        return uris
+
+    def write_recordings(
+        self,
+        samples: Mapping[str, np.ndarray],  # by URI, from `recording_uris`: all recordings of an archive together
+    ) -> None:
+        "Write samples where their URIs say."
         members: dict[str, dict[str, bytes]] = {}
-        for receiver, uri in uris.items():
+        for uri, iq in samples.items():
             place, member = split_uri(uri)
-            members.setdefault(place, {})[member] = encode_iq(samples[receiver])
+            members.setdefault(place, {})[member] = encode_iq(iq)
         for place, contents in members.items():
             self.write(self.key(place), contents.get('') or _archive(contents))
-        return uris
 
     def fingerprints(
         self,
