@@ -330,8 +330,8 @@ import os, signal, sys
 from heimdall_train import data, dataset, object_store
 from heimdall_train.config import make_config
 dataset.SHARD = 4
-place, name, calls = {'simulate': (object_store.S3Store, 'write'), 'features': (dataset, 'write_file'), 'share': (object_store.S3Store, 'write')}[sys.argv[1]] + (0,)
-original = getattr(place, name)
+place, name = (dataset, 'write_file') if sys.argv[1] == 'features' else (object_store.S3Store, 'write')
+calls, original = 0, getattr(place, name)
 def dying(*arguments):
     global calls
     calls += 1
@@ -340,7 +340,8 @@ def dying(*arguments):
     return original(*arguments)
 setattr(place, name, dying)
 config = make_config(catalog=sys.argv[3], store=sys.argv[4], cache=sys.argv[5])
-{'simulate': lambda: data.simulate('demo-v1', config, 12), 'features': lambda: data.read_data(config), 'share': lambda: data.share_features(config)}[sys.argv[1]]()
+actions = {'simulate': lambda: data.simulate('demo-v1', config, 12), 'features': lambda: data.read_data(config), 'share': lambda: data.share_features(config)}
+actions[sys.argv[1]]()
 """
 
 
