@@ -24,6 +24,7 @@ import numpy as np
 
 from .catalog import Catalog
 from .formats import on_axis, read_sigmf, read_wav
+from .geodesy import SPEED_OF_LIGHT, Frame
 from heimdall_train.ingest import (
     LEVEL_RANGE_DB,
     BadCell,
@@ -40,8 +41,9 @@ from heimdall_train.ingest import (
     says_the_same,
     table_rows,
 )
+from .modulation import why_no_position
 from .network import HeimdallError, Network
-from .store import Recording, Session, Source, Store, ahead, decode_iq, encode_iq, explain_os_error, key_part, split_uri
+from .store import Recording, Session, Source, Store, ahead, as_complex, decode_iq, encode_iq, explain_os_error, key_part, split_uri
 
 # %% ../nbs/21_ingest_recordings.ipynb #2c16aad8
 _IQ_TYPES = tuple(np.dtype(name) for name in ('complex64', 'complex128', 'int16'))
@@ -321,7 +323,8 @@ def _check_session(rows: Sequence[_Row], folder: Path, network: Network) -> _Che
     "The session that some rows describe, of the recordings that can be used."
     fitting, rejects = _of_one_length(rows, folder)
     good: dict[str, tuple[_Row, Recording]] = {}
-    for row, _ in fitting:
+    reasons: list[str] = []  # why the recordings with a common clock carry no position; '' where one does
+    for row, samples in fitting:
         path, where = (folder / row.file).absolute(), f'file {quoted(row.file)}'
         try:
             iq, clock_error = _samples(row, folder)
@@ -331,10 +334,28 @@ def _check_session(rows: Sequence[_Row], folder: Path, network: Network) -> _Che
         else:
             kept = iq if path.suffix.lower() in READERS else None
             good[row.recording.receiver] = row, replace(row.recording, level_db=level, clock_error_s=clock_error, iq_uri=path.as_uri(), iq=kept)
+            if clock_error is not None and samples >= _FEWEST and '' not in reasons:
+                reasons.append(why_no_position(as_complex(iq), float(row.recording.sample_rate or 0), _reach_s(network)))
+    if len(reasons) >= 3 and '' not in reasons:
+        rejects += [FileReject(row.line, row.session_id, f'its signal carries no position: {reasons[0]}', row.file) for row, _ in good.values()]
+        good = {}
     recordings = tuple(good[name][1] for name in network.names if name in good)
     first = rows[0]
     session = Session(first.session_id, first.started_at, first.source, recordings, first.frequency_hz) if recordings else None
     return _Checked(session, {name: row for name, (row, _) in good.items()}, fitting[0][1] if fitting else 0, rejects)
+
+
+_FEWEST = 64  # samples from which an autocorrelation says something
+_REACH_S = 1e-3  # where the network does not say how far apart its receivers are: 300 km
+
+
+def _reach_s(network: Network) -> float:
+    "Largest delay between two receivers of a network, seconds."
+    there = [receiver for receiver in network.receivers if receiver.latitude is not None and receiver.longitude is not None]
+    if len(there) < 2:
+        return _REACH_S
+    places = Frame(there[0].latitude, there[0].longitude).to_enu(*zip(*((each.latitude, each.longitude, each.altitude) for each in there), strict=True))
+    return float(np.linalg.norm(places[:, None] - places, axis=2).max()) / SPEED_OF_LIGHT
 
 
 def _check_sessions(rows: Iterable[_Row], folder: Path, network: Network) -> Iterator[_Checked]:

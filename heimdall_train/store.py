@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'Item', 'Result', 'Source', 'Recording', 'Session', 'explain_os_error', 'write_file', 'local_path',
-           'encode_iq', 'decode_iq', 'split_uri', 'key_part', 'StoreUnreachable', 'checked_key', 'Store', 'ahead']
+           'encode_iq', 'decode_iq', 'as_complex', 'split_uri', 'key_part', 'StoreUnreachable', 'checked_key', 'Store',
+           'ahead']
 
 # %% ../nbs/10_store.ipynb #aa5e183a
 import errno
@@ -184,6 +185,13 @@ def decode_iq(
         _check_iq(iq)
     except (ValueError, EOFError, OSError, MemoryError) as error:
         raise HeimdallError(f'{where} holds no IQ samples: {" ".join(str(error).split()) or "empty file"}') from error
+    return as_complex(iq)
+
+
+def as_complex(
+    iq: np.ndarray,  # shape (T,) complex64 or complex128, or (2T,) int16 interleaved
+) -> np.ndarray:  # shape (T,) complex64 or complex128, re full scale
+    "Samples re full scale, from any form in which they are kept."
     return iq if iq.dtype != np.int16 else (iq.astype(np.float32) / 32768).view(np.complex64)
 
 

@@ -249,6 +249,17 @@ def test_a_folder_without_the_right_to_write():
         assert not campaign.catalog.exists() and list(store.keys()) == []
 
 
+def test_a_signal_that_carries_no_position_is_set_aside(campaign: Campaign):
+    signal = np.exp(2j * np.pi * 137.0 * np.arange(COUNT) / RATE)
+    for number, receiver in enumerate(NETWORK.names):
+        campaign.write(f's2/{receiver}.npy', encode_iq((0.5 * signal + 0.1 * samples(number)).astype(np.complex64)))
+        campaign.write(f's3/{receiver}.npy', encode_iq((0.5 * signal + 0.1 * samples(number)).astype(np.complex64)))
+        campaign.rows[f's3/{receiver}.npy'] |= {'clock_error_s': ''}  # without a common clock its levels count
+    report = campaign.ingest(allow_rejects=True)
+    assert [(reject.session_id, 'carrier without modulation' in reject.reason) for reject in report.rejects] == [('s2', True)] * 3
+    assert report.lost == ('s2',) and set(campaign.stored()) == {'s0', 's1', 's3'}
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize('failing', ['write_recordings', 'write', 'catalog'])
 def test_a_failure_half_way_leaves_nothing(campaign: Campaign, monkeypatch: pytest.MonkeyPatch, failing: str):
