@@ -351,11 +351,11 @@ _REACH_S = 1e-3  # where the network does not say how far apart its receivers ar
 
 def _reach_s(network: Network) -> float:
     "Largest delay between two receivers of a network, seconds."
-    there = [receiver for receiver in network.receivers if receiver.latitude is not None and receiver.longitude is not None]
-    if len(there) < 2:
+    latitudes, longitudes = ([getattr(receiver, name) for receiver in network.receivers if receiver.has_position] for name in ('latitude', 'longitude'))
+    if len(latitudes) < 2:
         return _REACH_S
-    places = Frame(there[0].latitude, there[0].longitude).to_enu(*zip(*((each.latitude, each.longitude, each.altitude) for each in there), strict=True))
-    return float(np.linalg.norm(places[:, None] - places, axis=2).max()) / SPEED_OF_LIGHT
+    places = network.positions_enu(Frame(float(np.mean(latitudes)), float(np.mean(longitudes))))
+    return float(np.nanmax(np.linalg.norm(places[:, None] - places, axis=2))) / SPEED_OF_LIGHT
 
 
 def _check_sessions(rows: Iterable[_Row], folder: Path, network: Network) -> Iterator[_Checked]:
