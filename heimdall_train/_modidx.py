@@ -508,6 +508,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'heimdall_train/formats.py'),
                                         'heimdall_train.formats._sigmf_samples': ( 'formats.html#_sigmf_samples',
                                                                                    'heimdall_train/formats.py'),
+                                        'heimdall_train.formats._sigmf_validator': ( 'formats.html#_sigmf_validator',
+                                                                                     'heimdall_train/formats.py'),
                                         'heimdall_train.formats._time_in_name': ('formats.html#_time_in_name', 'heimdall_train/formats.py'),
                                         'heimdall_train.formats._wav_format': ('formats.html#_wav_format', 'heimdall_train/formats.py'),
                                         'heimdall_train.formats.on_axis': ('formats.html#on_axis', 'heimdall_train/formats.py'),

@@ -12,6 +12,7 @@ import math
 import struct
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,19 +112,27 @@ def read_sigmf(
 
 def _sigmf_metadata(content: bytes, where: str) -> dict:
     "Metadata that keeps to SigMF's schema."
-    from sigmf.validate import validate
-
     try:
         meta = json.loads(content)
     except (ValueError, RecursionError):
         raise HeimdallError(f'{where} is not SigMF metadata: it is not JSON') from None
     try:
-        validate(meta)
-    except Exception as error:  # the schema's, and what validate itself stumbles over
+        _sigmf_validator().validate(meta)
+    except Exception as error:  # the schema's, and what the validator itself stumbles over
         field = '.'.join(str(part) for part in getattr(error, 'absolute_path', ())) or 'the whole'
         reason = ' '.join(str(getattr(error, 'message', error)).split())
         raise HeimdallError(f'{where} is not SigMF metadata: {field}: {reason[:120]}') from None
     return meta
+
+
+@cache
+def _sigmf_validator():
+    "A validator of SigMF's schema, set up once."
+    from jsonschema.validators import validator_for
+    from sigmf.schema import get_schema
+
+    schema = get_schema()
+    return validator_for(schema)(schema)
 
 
 def _sigmf_samples(content: bytes, described: dict, capture: dict, where: str) -> np.ndarray:

@@ -109,7 +109,7 @@ def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
 
 # %% ../nbs/12_object_store.ipynb #35552c65
 PART = 2**24  # bytes, of an object that travels in one piece, and of the parts of a larger one
-PIECE = 2**13  # bytes, after which a slow body meets the deadline
+PIECE = 2**13  # bytes, or a hundredth of the whole, after which a slow body meets the deadline
 Answer = TypeVar('Answer')
 
 
@@ -189,7 +189,7 @@ class S3Store(Store):
         def get(deadline: float) -> bytes:
             answer = self.client.get_object(Bucket=self.bucket, Key=name)
             pieces = []
-            for piece in answer['Body'].iter_chunks(PIECE):
+            for piece in answer['Body'].iter_chunks(max(PIECE, answer['ContentLength'] // 100)):
                 pieces.append(piece)
                 if time.monotonic() > deadline:
                     raise ReadTimeoutError(endpoint_url=self.root)
