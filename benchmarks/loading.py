@@ -1,16 +1,18 @@
 """From store to training: sessions a second, beside a bare loop over the same files, and how much memory it takes.
 
-Claim: a warm cache feeds at least 20 times what training on two cores takes; features fetched from S3 arrive at 80 % or more of the rate of a bare parallel GET loop over
-the same objects; and 100,000 sessions take less than 1.2 times the memory of 1,000.
+Claim: a warm cache feeds at least 20 times what training on two cores takes; features fetched from S3 arrive at 80 % or more of the rate of a bare
+parallel GET loop over the same objects; and 100,000 sessions take less than 1.2 times the memory of 1,000.
 
     python benchmarks/loading.py [--sizes 100 1000 10000] [--latency 0 20 100] [--repeats 3] [--out FILE]
 
-Features of 64 simulated sessions of `demo-v1` (7 receivers, 1 s, 12.5 kHz) are computed once and written again under other names, until there are as many as asked for: a shard is a shard, whatever it holds. The S3 server is a
-SeaweedFS on the same two cores, so it and the client share them; a proxy adds the latency to each request. The bare loop reads the same objects with as many threads, by boto3, and drops them: no digest is checked and nothing is
-written. Recordings are read, checked and turned into features (`recordings`), beside a bare loop over their files or objects. Nothing is done about the page cache: files that were written a moment ago are read from memory.
+Features of 64 simulated sessions of `demo-v1` (7 receivers, 1 s, 12.5 kHz) are computed once and written again under other names, until there are as
+many as asked for: a shard is a shard, whatever it holds. The S3 server is a SeaweedFS on the same two cores, so it and the client share them; a proxy
+adds the latency to each request. The bare loop reads the same objects with as many threads, by boto3, and drops them: no digest is checked and
+nothing is written. Recordings are read, checked and turned into features (`recordings`), beside a bare loop over their files or objects. Nothing is
+done about the page cache: files that were written a moment ago are read from memory.
 
-Each case runs in a process of its own; rates are wall-clock sessions a second (median and range over the repeats), CPU time is that process's alone. For memory, 100,000 sessions are hard links to 1,000: 17 GB by name, and as much
-metadata as real ones.
+Each case runs in a process of its own; rates are wall-clock sessions a second (median and range over the repeats), CPU time is that process's alone.
+For memory, 100,000 sessions are hard links to 1,000: 17 GB by name, and as much metadata as real ones.
 """
 
 import argparse
@@ -48,7 +50,8 @@ def main() -> None:
     if options.case:
         print(json.dumps(one_case(json.loads(options.case))))
         return
-    summary = {'date': time.strftime('%Y-%m-%d'), 'hardware': f'{processor()}, {os.cpu_count()} cores', 'seed': SEED, 'repeats': options.repeats, **measure(options)}
+    summary = {'date': time.strftime('%Y-%m-%d'), 'hardware': f'{processor()}, {os.cpu_count()} cores', 'seed': SEED, 'repeats': options.repeats}
+    summary |= measure(options)
     text = json.dumps(summary, indent=1)
     if options.out:
         options.out.write_text(text + '\n')
@@ -63,7 +66,7 @@ def measure(options: argparse.Namespace) -> dict:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         endpoint = stack.enter_context(s3_server())
-        os.environ |= {'HEIMDALL_S3_ACCESS_KEY': ACCESS_KEY, 'HEIMDALL_S3_SECRET_KEY': SECRET_KEY, 'HEIMDALL_S3_ENDPOINT': endpoint, 'OMP_WAIT_POLICY': 'PASSIVE'}
+        os.environ |= {f'HEIMDALL_S3_{name}': value for name, value in (('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY), ('ENDPOINT', endpoint))}
         prepare(folder, max(options.sizes))
         cases = []
         for count in options.sizes:
@@ -312,10 +315,13 @@ def training_rate(folder: Path) -> dict:
 
 def markdown(summary: dict) -> str:
     """The summary as a table."""
-    lines = [summary['hardware'], '', '| | sessions | latency, ms | sessions/s | range | CPU ms a session | kB a session | peak MB |', '|---|---|---|---|---|---|---|---|']
+    header = '| | sessions | latency, ms | sessions/s | range | CPU ms a session | kB a session | peak MB |'
+    lines = [summary['hardware'], '', header, '|---|---|---|---|---|---|---|---|']
     for case in summary['cases']:
-        lines.append(f'| {case["name"]} | {case["sessions"]} | {case.get("latency_ms", "")} | {case["sessions_per_second"]} | {case["range"][0]}–{case["range"][1]} | '
-                     f'{case["cpu_ms"]} | {case["kb"]:.0f} | {case["peak_mb"]:.0f} |')
+        low, high = case['range']
+        cells = (case['name'], case['sessions'], case.get('latency_ms', ''), case['sessions_per_second'], f'{low}–{high}', case['cpu_ms'],
+                 round(case['kb']), round(case['peak_mb']))
+        lines.append('| ' + ' | '.join(str(cell) for cell in cells) + ' |')
     training, peaks = summary['training']['sessions_per_second'], summary['peak_memory_mb']
     return '\n'.join([*lines, '', f'training: {training:.0f} sessions/s; peak memory: {peaks}', f'claims: {summary["met"]}'])
 
