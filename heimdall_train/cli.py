@@ -7,8 +7,8 @@ __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', '
            'TestSeedOption', 'CacheOption', 'ResumeOption', 'OutOption', 'ModelOption', 'TestOption',
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
            'JsonOption', 'DebugOption', 'main_callback', 'ingest_levels_command', 'ingest_recordings_command',
-           'catalog_init', 'catalog_upgrade', 'simulate', 'train', 'evaluate', 'export', 'predict', 'doctor', 'demo',
-           'main']
+           'catalog_init', 'catalog_upgrade', 'simulate', 'train', 'evaluate', 'export', 'predict', 'doctor', 'serve',
+           'worker', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
@@ -413,6 +413,38 @@ def doctor(
             print(f'{"✓" if finding.healthy else "✗"} {finding.check:9} {finding.found}')
     if not healthy:
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option('--host', help='Address to listen at')] = '127.0.0.1',
+    port: Annotated[int, typer.Option('--port', help='Port to listen at', min=1, max=65535)] = 8000,
+    debug: DebugOption = False,
+) -> None:
+    "Take training jobs over HTTP; without a broker (HEIMDALL_BROKER) run them here, one at a time."
+
+    def call(config):
+        from heimdall_train.jobs import service_settings
+        from heimdall_train.service import serve
+
+        _say(f'listening at http://{host}:{port}, described at http://{host}:{port}/docs')
+        serve(service_settings(), host, port)
+
+    _run(call, debug)
+
+
+@app.command()
+def worker(
+    debug: DebugOption = False,
+) -> None:
+    "Run the training jobs that a broker hands out (HEIMDALL_BROKER, HEIMDALL_REDIS), one at a time."
+
+    def call(config):
+        from heimdall_train.jobs import service_settings, work
+
+        work(service_settings())
+
+    _run(call, debug)
 
 
 def _csv(answers: list[dict]) -> str:

@@ -9,7 +9,7 @@ __all__ = ['GRID_CELLS', 'FOLDS', 'BLOCK_M', 'LEVEL_SOURCES', 'train', 'evaluate
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,8 @@ from .network import HeimdallError, Network
 from .store import Session, local_path, write_file
 
 if TYPE_CHECKING:
+    from fastai.basics import Callback
+
     from heimdall_train.baselines import BaselineResult
     from heimdall_train.checkpoints import Saved
     from heimdall_train.model_files import Model
@@ -40,6 +42,7 @@ GRID_CELLS, FOLDS, BLOCK_M = 3000, 5, 200.0
 def train(
     config: Config,  # settings
     progress: Callable[[str], None] | None = None,  # called with a line now and then
+    callbacks: Sequence['Callback'] = (),  # further ones of fastai's, such as one that reports every batch
 ) -> Path:  # the run folder
     "Train, calibrate and keep a model; tracked in MLflow."
     from heimdall_train.checkpoints import load_latest
@@ -68,7 +71,7 @@ def train(
     ) as run:
         if saved is None:
             run.log_parameters(_plain(config))
-        model, record = _train_model(config, data, split, run, say, saved)
+        model, record = _train_model(config, data, split, run, say, saved, callbacks)
         record = {'mlflow_run_id': run.run_id, 'dataset_digest': data.digest, 'never_heard': deaf, **record}
         save_model(model, config.out / 'model.safetensors', record)
         _write_json(config.out / 'metrics.json', {'training': record})
@@ -78,7 +81,7 @@ def train(
     return config.out
 
 
-def _train_model(config: Config, data: LevelData, split: Split, run, say, saved: 'Saved | None') -> tuple['Model', dict]:
+def _train_model(config: Config, data: LevelData, split: Split, run, say, saved: 'Saved | None', callbacks: Sequence['Callback']) -> tuple['Model', dict]:
     "The calibrated model, and what there is to record of its training."
     from heimdall_train.checkpoints import Checkpoint
     from heimdall_train.training import estimate, finish, fit, new_learner
@@ -99,7 +102,7 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed, gain_drift=config.gain_drift)
     folder, advice = config.out / 'checkpoints', f'go on with heimdall-train train --resume --out {config.out}'
     checkpoint = Checkpoint(folder, _identity(config, data, split), saved, {'mlflow_run_id': run.run_id}, say, advice)
-    model = fit(learner, config.epochs, folder, config.learning_rate, callbacks=[checkpoint], progress=epoch_ended)
+    model = fit(learner, config.epochs, folder, config.learning_rate, callbacks=[checkpoint, *callbacks], progress=epoch_ended)
     seconds = time.perf_counter() - began
     history = [dict(zip(('train_loss', 'validation_loss', 'mean_error_m'), row, strict=True)) for row in learner.recorder.values]
     trained = (len(history) - learner.first_epoch) * len(training)  # in this process
