@@ -7,8 +7,8 @@ __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', '
            'TestSeedOption', 'CacheOption', 'ResumeOption', 'OutOption', 'ModelOption', 'TestOption',
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
            'JsonOption', 'DebugOption', 'main_callback', 'ingest_levels_command', 'ingest_recordings_command',
-           'catalog_init', 'catalog_upgrade', 'simulate', 'train', 'evaluate', 'export', 'predict', 'doctor', 'serve',
-           'worker', 'demo', 'main']
+           'catalog_init', 'catalog_upgrade', 'simulate', 'train', 'evaluate', 'export', 'predict', 'doctor', 'sweep',
+           'serve', 'worker', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
@@ -413,6 +413,31 @@ def doctor(
             print(f'{"✓" if finding.healthy else "✗"} {finding.check:9} {finding.found}')
     if not healthy:
         raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help='YAML file: parameters, and grid or search')],
+    out: Annotated[Path | None, typer.Option('--out', help='Folder of the sweep [default: runs/ and the name of the file]')] = None,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Run nbs/runs/train.ipynb at many points; what is finished is skipped, what was stopped goes on."
+
+    def call(config):
+        from heimdall_train.sweep import read_sweep, run_sweep
+
+        return run_sweep(read_sweep(file), config, _say)
+
+    points = _run(call, debug, out=out or Path('runs') / file.stem, tracking=tracking)
+    if as_json:
+        print(json.dumps(points))
+    else:
+        for point in points:
+            print(f'{point["figure"]:10.4g}  {point["folder"]}  {point["parameters"]}')
+    if points:
+        _next(f'heimdall-train evaluate --model {points[0]["folder"]}', f'jupyter lab {points[0]["folder"]}/train.ipynb')
 
 
 @app.command()

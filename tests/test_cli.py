@@ -42,6 +42,7 @@ OPTIONS = {
     'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
     'serve': ['--debug', '--host', '--port'],
     'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
+    'sweep': ['--debug', '--json', '--out', '--tracking'],
     'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--resume',
               '--scene', '--scene-seed', '--seed', '--store', '--test-seed', '--test-sessions', '--tracking', '--validation-sessions'],
     'worker': ['--debug'],
