@@ -12,6 +12,7 @@ __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', '
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -290,6 +291,8 @@ def train(
         allow_rejects=allow_rejects or None,
         tracking=tracking,
     )
+    if os.environ.get('RANK', '0') != '0':  # of several processes that torchrun has started, the first one speaks
+        return
     record = json.loads((folder / 'metrics.json').read_text())['training']
     if as_json:
         print(json.dumps(record))

@@ -100,7 +100,7 @@ def test_setup_reads_settings():
     assert set(PROJECT['project']) == {'name', 'dynamic'}, 'metadata belongs in settings.ini'
 
 
-EXTRAS = {'jobs': 'jobs', 'service': 'jobs'}  # modules that work with an extra only: what it names is imported late
+EXTRAS = {'jobs': 'jobs', 'service': 'jobs', 'lightning_module': 'lightning'}  # modules that work with an extra only: what it names is imported late
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: path.stem)
@@ -114,6 +114,15 @@ def test_imports_are_required(path: Path):
         assert owners & allowed, f'{path.name} imports {top}: add {" or ".join(owners) or "its package"} to requirements in settings.ini'
     at_once = imported_at_once(ast.parse(path.read_text(encoding='utf-8')))
     assert not {top for top in at_once if {canonicalize_name(name) for name in distributions().get(top, [])} & extra}, 'import an extra late'
+
+
+def test_lightning_is_pinned_by_version_and_hash():
+    lines = [line for line in (ROOT / 'requirements-lightning.txt').read_text().splitlines() if not line.startswith('#')]
+    pins = {match[1]: match[2] for line in lines if (match := re.fullmatch(r'([\w-]+)==([\d.]+) --hash=sha256:[0-9a-f]{64}', line))}
+    assert set(pins) == {'lightning', 'pytorch-lightning'} and len(lines) == 2
+    [pinned, *compromised] = re.findall(r"'([\d.]+)'", re.search(r'(?m)^PINNED, COMPROMISED = .*$', (ROOT / 'heimdall_train' / 'lightning_module.py').read_text())[0])
+    assert set(pins.values()) == {pinned} and settings()['lightning_requirements'] == f'lightning=={pinned}'
+    assert compromised == ['2.6.2', '2.6.3'] and pinned not in compromised
 
 
 @pytest.mark.parametrize('path', [*MODULES, *sorted((ROOT / 'tests').glob('*.py'))], ids=lambda path: path.stem)
