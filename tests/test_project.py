@@ -120,7 +120,8 @@ def test_lightning_is_pinned_by_version_and_hash():
     lines = [line for line in (ROOT / 'requirements-lightning.txt').read_text().splitlines() if not line.startswith('#')]
     pins = {match[1]: match[2] for line in lines if (match := re.fullmatch(r'([\w-]+)==([\d.]+) --hash=sha256:[0-9a-f]{64}', line))}
     assert set(pins) == {'lightning', 'pytorch-lightning'} and len(lines) == 2
-    [pinned, *compromised] = re.findall(r"'([\d.]+)'", re.search(r'(?m)^PINNED, COMPROMISED = .*$', (ROOT / 'heimdall_train' / 'lightning_module.py').read_text())[0])
+    module = (ROOT / 'heimdall_train' / 'lightning_module.py').read_text()
+    [pinned, *compromised] = re.findall(r"'([\d.]+)'", next(line for line in module.splitlines() if line.startswith('PINNED, COMPROMISED =')))
     assert set(pins.values()) == {pinned} and settings()['lightning_requirements'] == f'lightning=={pinned}'
     assert compromised == ['2.6.2', '2.6.3'] and pinned not in compromised
 
