@@ -278,18 +278,25 @@ def features(
     dataset: DatasetOption = None,
     cache: CacheOption = None,
     allow_rejects: RejectsOption = False,
+    celery: Annotated[bool, typer.Option('--celery', help='By the workers of a broker (HEIMDALL_BROKER, HEIMDALL_REDIS)')] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Compute the features of a dataset and put them into its store, where other machines fetch them; what is there is not computed again."
 
     def call(config):
+        if celery:
+            from heimdall_train.jobs import service_settings, spread_features
+
+            values = {name: str(getattr(config, name)) for name in ('catalog', 'store', 'dataset', 'cache') if getattr(config, name) is not None}
+            return spread_features(values, service_settings(), _say)
         from heimdall_train.data import share_features
 
         return share_features(config, _say)
 
     done = _run(call, debug, catalog=catalog, store=store, dataset=dataset, cache=cache, allow_rejects=allow_rejects or None)
-    print(json.dumps(done) if as_json else '{sessions} sessions in {shards} shards at {key}; {sent} were new'.format(**done))
+    sessions = f'{done["sessions"]} sessions in ' if 'sessions' in done else ''
+    print(json.dumps(done) if as_json else sessions + '{shards} shards at {key}; {sent} were new'.format(**done))
 
 
 @app.command()

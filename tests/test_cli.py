@@ -41,7 +41,7 @@ OPTIONS = {
     'doctor': ['--catalog', '--debug', '--json', '--out', '--store', '--tracking'],
     'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
     'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],
-    'features': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--json', '--store'],
+    'features': ['--allow-rejects', '--cache', '--catalog', '--celery', '--dataset', '--debug', '--json', '--store'],
     'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
     'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--store'],
     'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
@@ -76,7 +76,7 @@ def test_fields_are_frozen():
 
 def test_options_are_fields():
     options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
-    assert options - {'json', 'debug', 'sessions', 'network', 'host', 'port'} <= set(FIELDS)
+    assert options - {'json', 'debug', 'sessions', 'network', 'host', 'port', 'celery'} <= set(FIELDS)
 
 
 def call(*arguments: object):

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file
 from servers import BROKER_PASSWORD, REDIS_PASSWORD, RabbitServer, RedisServer, free_ports
 
 from heimdall_train.config import make_config
-from heimdall_train.data import ingest, write_scene_table
+from heimdall_train.data import ingest, share_features, simulate, write_scene_table
 from heimdall_train.jobs import (
     GRACE_S,
     LOOK_S,
@@ -40,6 +41,7 @@ from heimdall_train.jobs import (
     new_job,
     open_jobs,
     service_settings,
+    spread_features,
     with_password,
     work,
 )
@@ -446,3 +448,43 @@ def test_the_description_has_examples_that_work(asked: tuple):
         for example in schema['components']['schemas']['JobRequest']['examples']:
             assert client.post('/v1/training/jobs', json=example).status_code == 202
     assert schema['components']['securitySchemes'] == {'APIKeyHeader': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
+
+
+# --- features by many workers ---
+
+
+@pytest.fixture(scope='module')
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A store and a catalog with recordings in three shards."
+    folder = tmp_path_factory.mktemp('recorded')
+    values = yaml.safe_load((ROOT / 'heimdall_train' / 'scenes' / 'demo-v1.yaml').read_text())
+    (folder / 'small.yaml').write_text(yaml.safe_dump({**values, 'name': 'small', 'sources': {'train': 140, 'validation': 4, 'test': 4}}))
+    simulate(str(folder / 'small.yaml'), make_config(catalog=str(folder / 'catalog.db'), store=str(folder / 'store')))
+    return folder
+
+
+@pytest.mark.fault
+def test_features_by_workers_are_those_of_one_machine(cluster: Cluster, recorded: Path, tmp_path: Path):
+    where = {'catalog': str(recorded / 'catalog.db'), 'store': str(recorded / 'store')}
+    lines: list[str] = []
+    done = spread_features({**where, 'cache': str(tmp_path / 'workers')}, cluster.settings, lines.append)
+    assert (done['shards'], done['sent']) == (3, 3) and lines[-1] == '3 of 3 shards', lines
+    config = make_config(**where, cache=tmp_path / 'alone', dataset='small')
+    shutil.copytree(recorded / 'store' / done['key'], tmp_path / 'kept')
+    shutil.rmtree(recorded / 'store' / 'features')
+    alone = share_features(config)
+    assert alone['key'] == done['key'] and alone['sent'] == 3
+    for path in sorted((tmp_path / 'kept').iterdir()):
+        assert path.read_bytes() == (recorded / 'store' / done['key'] / path.name).read_bytes(), path.name
+    # what is missing is handed out again, and nothing else
+    (recorded / 'store' / done['key'] / '000001.safetensors').unlink()
+    again = spread_features({**where, 'cache': str(tmp_path / 'other')}, cluster.settings)
+    assert again['sent'] == 1 and len(list((tmp_path / 'other').rglob('*.safetensors'))) == 2  # the first one was fetched for its form
+    assert spread_features({**where, 'cache': str(tmp_path / 'other')}, cluster.settings)['sent'] == 0
+
+
+def test_features_that_cannot_be_computed_are_said(cluster: Cluster, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    where = {'catalog': str(recorded / 'catalog.db'), 'store': str(recorded / 'store')}
+    monkeypatch.setattr('heimdall_train.data.plan_shards', lambda config: ('of-other-code', [1], 3))
+    with pytest.raises(HeimdallError, match='1 of 3 shards failed, the same command tries them again; the first: the dataset, its recordings or the code'):
+        spread_features({**where, 'cache': str(tmp_path)}, cluster.settings)
