@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
 
+from .distributed import leads
 from .network import HeimdallError
 from .store import explain_os_error, write_file
 
@@ -314,10 +315,11 @@ class Checkpoint(Callback):
         self.finished = 0
 
     def before_fit(self):
-        for part in self.folder.glob('.*.part'):  # left by a process that was killed while it wrote
-            part.unlink(missing_ok=True)
+        if leads():
+            for part in self.folder.glob('.*.part'):  # left by a process that was killed while it wrote
+                part.unlink(missing_ok=True)
         if self.saved is None:
-            if earlier := checkpoints_in(self.folder):
+            if leads() and (earlier := checkpoints_in(self.folder)):
                 self.say(f'{self.folder}: the checkpoints of an earlier training are removed')
                 remove_checkpoints(self.folder, earlier)
             return
@@ -337,7 +339,8 @@ class Checkpoint(Callback):
 
     def after_epoch(self):
         self.finished = self.epoch + 1
-        save_checkpoint(self.folder, self.finished, *training_state(self.learn), identity=self.identity, note=self.note)
+        if leads():  # of several processes that train together, and are all in the same state
+            save_checkpoint(self.folder, self.finished, *training_state(self.learn), identity=self.identity, note=self.note)
 
 # %% ../nbs/68_checkpoints.ipynb #b2f2a227
 class SessionLoader(DataLoader):

@@ -8,10 +8,11 @@ __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', '
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
            'JsonOption', 'DebugOption', 'main_callback', 'ingest_callback', 'ingest_levels_command',
            'ingest_recordings_command', 'catalog_init', 'catalog_upgrade', 'simulate', 'features', 'train', 'evaluate',
-           'export', 'predict', 'doctor', 'demo', 'main']
+           'export', 'predict', 'doctor', 'sweep', 'serve', 'worker', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -277,18 +278,25 @@ def features(
     dataset: DatasetOption = None,
     cache: CacheOption = None,
     allow_rejects: RejectsOption = False,
+    celery: Annotated[bool, typer.Option('--celery', help='By the workers of a broker (HEIMDALL_BROKER, HEIMDALL_REDIS)')] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Compute the features of a dataset and put them into its store, where other machines fetch them; what is there is not computed again."
 
     def call(config):
+        if celery:
+            from heimdall_train.jobs import service_settings, spread_features
+
+            values = {name: str(getattr(config, name)) for name in ('catalog', 'store', 'dataset', 'cache') if getattr(config, name) is not None}
+            return spread_features(values, service_settings(), _say)
         from heimdall_train.data import share_features
 
         return share_features(config, _say)
 
     done = _run(call, debug, catalog=catalog, store=store, dataset=dataset, cache=cache, allow_rejects=allow_rejects or None)
-    print(json.dumps(done) if as_json else '{sessions} sessions in {shards} shards at {key}; {sent} were new'.format(**done))
+    sessions = f'{done["sessions"]} sessions in ' if 'sessions' in done else ''
+    print(json.dumps(done) if as_json else sessions + '{shards} shards at {key}; {sent} were new'.format(**done))
 
 
 @app.command()
@@ -339,6 +347,8 @@ def train(
         allow_rejects=allow_rejects or None,
         tracking=tracking,
     )
+    if os.environ.get('RANK', '0') != '0':  # of several processes that torchrun has started, the first one speaks
+        return
     record = json.loads((folder / 'metrics.json').read_text())['training']
     if as_json:
         print(json.dumps(record))
@@ -462,6 +472,63 @@ def doctor(
             print(f'{"✓" if finding.healthy else "✗"} {finding.check:9} {finding.found}')
     if not healthy:
         raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help='YAML file: parameters, and grid or search')],
+    out: Annotated[Path | None, typer.Option('--out', help='Folder of the sweep [default: runs/ and the name of the file]')] = None,
+    tracking: TrackingOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Run nbs/runs/train.ipynb at many points; what is finished is skipped, what was stopped goes on."
+
+    def call(config):
+        from heimdall_train.sweep import read_sweep, run_sweep
+
+        return run_sweep(read_sweep(file), config, _say)
+
+    points = _run(call, debug, out=out or Path('runs') / file.stem, tracking=tracking)
+    if as_json:
+        print(json.dumps(points))
+    else:
+        for point in points:
+            print(f'{point["figure"]:10.4g}  {point["folder"]}  {point["parameters"]}')
+    if points:
+        _next(f'heimdall-train evaluate --model {points[0]["folder"]}', f'jupyter lab {points[0]["folder"]}/train.ipynb')
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option('--host', help='Address to listen at')] = '127.0.0.1',
+    port: Annotated[int, typer.Option('--port', help='Port to listen at', min=1, max=65535)] = 8000,
+    debug: DebugOption = False,
+) -> None:
+    "Take training jobs over HTTP; without a broker (HEIMDALL_BROKER) run them here, one at a time."
+
+    def call(config):
+        from heimdall_train.jobs import service_settings
+        from heimdall_train.service import serve
+
+        _say(f'listening at http://{host}:{port}, described at http://{host}:{port}/docs')
+        serve(service_settings(), host, port)
+
+    _run(call, debug)
+
+
+@app.command()
+def worker(
+    debug: DebugOption = False,
+) -> None:
+    "Run the training jobs that a broker hands out (HEIMDALL_BROKER, HEIMDALL_REDIS), one at a time."
+
+    def call(config):
+        from heimdall_train.jobs import service_settings, work
+
+        work(service_settings())
+
+    _run(call, debug)
 
 
 def _csv(answers: list[dict]) -> str:

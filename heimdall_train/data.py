@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['MANIFESTS', 'ingest', 'ingest_samples', 'watch', 'write_scene_table', 'simulate', 'scene_digest', 'part_counts',
-           'config_scene', 'read_data', 'as_levels', 'share_features', 'scene_split', 'graph_inputs']
+           'config_scene', 'read_data', 'as_levels', 'share_features', 'plan_shards', 'share_shard', 'scene_split',
+           'graph_inputs']
 
 # %% ../nbs/88_data.ipynb #f7455d33
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +23,19 @@ from typing import NamedTuple
 import numpy as np
 
 from .catalog import Catalog
-from .config import Config
-from .dataset import MINIMUM_TIMED, TimedData, cached_features, features_digest, fitting, shard_files, share_shards, with_samples
+from .config import Config, make_config
+from heimdall_train.dataset import (
+    MINIMUM_TIMED,
+    TimedData,
+    cached_features,
+    compute_shards,
+    features_digest,
+    fetch_shards,
+    fitting,
+    shard_files,
+    share_shards,
+    with_samples,
+)
 from .features import LevelData, level_data
 from .ingest import MAX_REJECTED, IngestReport, ingest_levels
 from .ingest_recordings import RecordingsReport, ingest_recordings
@@ -363,6 +377,49 @@ def share_features(
     data = _features(config, found, say)
     shards = shard_files(config.cache, found.key, found.total)
     return {'sessions': len(data), 'shards': len(shards), 'sent': share_shards(found.store, found.key, shards), 'key': f'features/{found.key}'}
+
+# %% ../nbs/88_data.ipynb #da412a82
+@lru_cache(maxsize=2)
+def _of_catalog_once(values: str) -> _Recorded | None:
+    "Sessions of a dataset, read once for many shards."
+    return _of_catalog(make_config(**json.loads(values)))
+
+
+def plan_shards(
+    config: Config,  # catalog, store, dataset, cache
+) -> tuple[str, list[int], int]:  # key, numbers of the shards that the store does not have, and how many there are in all
+    "What is to be done of a dataset's features; `HeimdallError` where it has no recordings."
+    found = _of_catalog(config)
+    if found is None or found.store is None:
+        raise HeimdallError(f'dataset {config.dataset or ""} has levels alone: features are of recordings')
+    names = [path.name for path in shard_files(config.cache, found.key, found.total)]
+    there = {name.rpartition('/')[2] for name in found.store.keys(f'features/{found.key}/')}
+    return found.key, [number for number, name in enumerate(names) if name not in there], len(names)
+
+
+def share_shard(
+    config: Config,  # catalog, store, dataset, cache
+    key: str,  # from `plan_shards`
+    number: int,  # of the shard
+) -> str:  # its SHA-256
+    "Compute one shard of a dataset's features and put it into the store, unless it is there; `HeimdallError` where the dataset is another by now."
+    values = json.dumps(config.model_dump(mode='json', include={'catalog', 'store', 'dataset', 'cache'}, exclude_none=True))
+    found = _of_catalog_once(values)
+    if found is None or found.key != key:
+        _of_catalog_once.cache_clear()
+        found = _of_catalog_once(values)
+    if found is None or found.store is None or found.key != key:
+        raise HeimdallError('the dataset, its recordings or the code have changed: run heimdall-train features again')
+    shards, lines = shard_files(config.cache, key, found.total), []  # type: list[Path], list[str]
+    there = {name.rpartition('/')[2] for name in found.store.keys(f'features/{key}/')}
+    missing = fetch_shards(found.store, key, shards, [each for each in sorted({0, number}) if not shards[each].is_file()])
+    if number in missing:
+        read = found.sessions
+        compute_shards(shards, [number], found.network, lambda rows: read(rows, lines), found.total, lines)
+    content = shards[number].read_bytes()
+    if shards[number].name not in there:
+        found.store.write(f'features/{key}/{shards[number].name}', content)
+    return hashlib.sha256(content).hexdigest()
 
 # %% ../nbs/88_data.ipynb #752ba48d
 def scene_split(

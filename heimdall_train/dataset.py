@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINIMUM_TIMED', 'BATCH', 'SHARD', 'Form', 'spatial_blocks', 'block_folds', 'Split', 'make_split', 'TimedData',
-           'features_digest', 'shard_files', 'cached_features', 'fitting', 'MapFiles', 'fetch_shards', 'share_shards',
-           'with_samples']
+           'features_digest', 'shard_files', 'cached_features', 'compute_shards', 'fitting', 'MapFiles', 'fetch_shards',
+           'share_shards', 'with_samples']
 
 # %% ../nbs/40_dataset.ipynb #ebbaa297
 import hashlib
@@ -214,15 +214,28 @@ def cached_features(
     if missing and store is not None:
         missing = fetch_shards(store, key, shards, missing)
     if missing:
-        rows = [row for number in missing for row in range(number * SHARD, min(count, (number + 1) * SHARD))]
-        form, remaining = _form(shards), iter(sessions(rows))
-        for number in missing:
-            content, form = _shard(islice(remaining, min(count - number * SHARD, SHARD)), network, form, lines)
-            write_file(shards[number], content)
-            lines.clear()
-            if progress is not None:
-                progress(min(count, (number + 1) * SHARD))
+        compute_shards(shards, missing, network, sessions, count, lines, progress)
     return _read_features(shards, network, report)
+
+
+def compute_shards(
+    shards: Sequence[Path],  # of a whole cache
+    missing: Sequence[int],  # which of them to compute
+    network: Network,  # gives the order of the receivers
+    sessions: Callable[[list[int]], Iterable[Session]],  # gets rows of the dataset in order: those sessions, with samples and sources
+    count: int,  # sessions in the dataset
+    lines: list[str],  # that `sessions` adds to while it is read
+    progress: Callable[[int], None] | None = None,  # called with the number of sessions done
+) -> None:
+    "Compute some shards of a cache, and write each when it is whole."
+    rows = [row for number in missing for row in range(number * SHARD, min(count, (number + 1) * SHARD))]
+    form, remaining = _form(shards), iter(sessions(rows))
+    for number in missing:
+        content, form = _shard(islice(remaining, min(count - number * SHARD, SHARD)), network, form, lines)
+        write_file(shards[number], content)
+        lines.clear()
+        if progress is not None:
+            progress(min(count, (number + 1) * SHARD))
 
 # %% ../nbs/40_dataset.ipynb #8bfe05a6
 Form = tuple[float | None, int]  # samples a second, and samples of a recording

@@ -9,7 +9,7 @@ __all__ = ['GRID_CELLS', 'FOLDS', 'BLOCK_M', 'LEVEL_SOURCES', 'train', 'evaluate
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,8 @@ from .network import HeimdallError, Network
 from .store import Session, local_path, write_file
 
 if TYPE_CHECKING:
+    from fastai.basics import Callback
+
     from heimdall_train.baselines import BaselineResult
     from heimdall_train.checkpoints import Saved
     from heimdall_train.model_files import Model
@@ -40,17 +42,30 @@ GRID_CELLS, FOLDS, BLOCK_M = 3000, 5, 200.0
 def train(
     config: Config,  # settings
     progress: Callable[[str], None] | None = None,  # called with a line now and then
+    callbacks: Sequence['Callback'] = (),  # further ones of fastai's, such as one that reports every batch
 ) -> Path:  # the run folder
-    "Train, calibrate and keep a model; tracked in MLflow."
+    "Train, calibrate and keep a model; tracked in MLflow. Where torchrun has started several processes, the first one writes and speaks."
+    from heimdall_train.distributed import joined, leads
+
+    with joined():
+        return _train(config, (progress if leads() else None) or (lambda line: None), callbacks)
+
+
+def _train(config: Config, say: Callable[[str], None], callbacks: Sequence['Callback']) -> Path:
+    "Train, alone or as one of several."
     from heimdall_train.checkpoints import load_latest
+    from heimdall_train.distributed import leads, wait_for_all
     from heimdall_train.model_files import save_model
     from heimdall_train.tracking import default_tracking_uri, tracked_run
 
-    say = progress or (lambda line: None)
     config = _as_begun(config) if config.resume else config
     data = read_data(config, say)
     split = _split(config, data)
     saved = load_latest(config.out / 'checkpoints', _identity(config, data, split), say) if config.resume else None
+    wait_for_all()  # nothing is written before everybody has read
+    if not leads():
+        _train_model(config, data, split, None, say, saved, callbacks)
+        return config.out
     _prepare_folder(config, split)
     say(
         f'{len(split.train)} training, {len(split.validation)} validation and {len(split.test)} test sessions of {len(data.network)} receivers'
@@ -68,7 +83,7 @@ def train(
     ) as run:
         if saved is None:
             run.log_parameters(_plain(config))
-        model, record = _train_model(config, data, split, run, say, saved)
+        model, record = _train_model(config, data, split, run, say, saved, callbacks)
         record = {'mlflow_run_id': run.run_id, 'dataset_digest': data.digest, 'never_heard': deaf, **record}
         save_model(model, config.out / 'model.safetensors', record)
         _write_json(config.out / 'metrics.json', {'training': record})
@@ -78,9 +93,10 @@ def train(
     return config.out
 
 
-def _train_model(config: Config, data: LevelData, split: Split, run, say, saved: 'Saved | None') -> tuple['Model', dict]:
+def _train_model(config: Config, data: LevelData, split: Split, run, say, saved: 'Saved | None', callbacks: Sequence['Callback']) -> tuple['Model', dict]:
     "The calibrated model, and what there is to record of its training."
     from heimdall_train.checkpoints import Checkpoint
+    from heimdall_train.distributed import leads
     from heimdall_train.training import estimate, finish, fit, new_learner
 
     training, validation = data.take(data.rows(split.train)), data.take(data.rows(split.validation))
@@ -90,7 +106,8 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     model, anchors, validation, settings, refit = prepare(config, training, validation, frame, folds, say)
 
     def epoch_ended(epoch: int, values: dict) -> None:
-        run.log_metrics(values, step=epoch)
+        if run is not None:
+            run.log_metrics(values, step=epoch)
         say(
             f'epoch {epoch + 1}/{config.epochs}: validation loss {values["validation_loss"]:.3f}, mean error {values["mean_error_m"]:.0f} m'
         )
@@ -98,8 +115,10 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     began = time.perf_counter()
     learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed, gain_drift=config.gain_drift)
     folder, advice = config.out / 'checkpoints', f'go on with heimdall-train train --resume --out {config.out}'
-    checkpoint = Checkpoint(folder, _identity(config, data, split), saved, {'mlflow_run_id': run.run_id}, say, advice)
-    model = fit(learner, config.epochs, folder, config.learning_rate, callbacks=[checkpoint], progress=epoch_ended)
+    checkpoint = Checkpoint(folder, _identity(config, data, split), saved, {'mlflow_run_id': run and run.run_id}, say, advice)
+    model = fit(learner, config.epochs, folder, config.learning_rate, callbacks=[checkpoint, *callbacks], progress=epoch_ended)
+    if not leads():
+        return model, {}
     seconds = time.perf_counter() - began
     history = [dict(zip(('train_loss', 'validation_loss', 'mean_error_m'), row, strict=True)) for row in learner.recorder.values]
     trained = (len(history) - learner.first_epoch) * len(training)  # in this process

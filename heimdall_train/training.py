@@ -24,6 +24,7 @@ from torch import nn
 
 from .checkpoints import ResumableLearner, SessionLoader, StopWhereNotFinite
 from .dataset import TimedData
+from .distributed import AverageGradients, gathered, leads, share, share_layers, together, wait_for_all
 from .features import LevelData
 from .loss import gaussian_nll
 from .metrics import variance_scale
@@ -85,11 +86,17 @@ class CrossFitted(nn.Module):
         self,
         *inputs: torch.Tensor,  # what the model takes, then the fold of each session; −1 = the final anchor, shape (B,)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position (B, 2) and covariance (B, 2, 2)
-        "Correct the fix of each session's own anchor."
+        "Correct the fix of each session's own anchor; of several processes each does its share of a training batch, and gets all answers."
         session, fold, working = inputs[:-1], inputs[-1], None
-        if self.training:
-            session, working = self.model.augment(session, self.gain_drift, self.generator)
-        return self.model.correct(session, self._fix(session, working, fold))
+        if not self.training:
+            return self.model.correct(session, self._fix(session, working, fold))
+        session, working = self.model.augment(session, self.gain_drift, self.generator)
+        if not together():
+            return self.model.correct(session, self._fix(session, working, fold))
+        mine = share(len(fold))
+        session, working, fold = tuple(values[mine] for values in session), working[mine], fold[mine]
+        position, covariance = self.model.correct(session, self._fix(session, working, fold))
+        return gathered(position), gathered(covariance)
 
     @torch.no_grad()
     def _fix(self, session, working, fold):
@@ -145,7 +152,8 @@ class KeepBest(Callback):
             self.progress(self.epoch, values)
         if values['validation_loss'] < self.best:
             self.best, self.best_epoch = values['validation_loss'], self.epoch
-            save_model(self.learn.model.model, self.path, {'epoch': self.epoch, **values})
+            if leads():
+                save_model(self.learn.model.model, self.path, {'epoch': self.epoch, **values})
         elif self.epoch - self.best_epoch >= self.patience:
             raise CancelFitException()
 
@@ -170,8 +178,9 @@ def new_learner(
     beta: float = 0.5,  # of the β-NLL
     gain_drift: float = 0.0,  # dB, deviation by which a receiver's gain may have changed since training
 ) -> ResumableLearner:
-    "A fastai Learner for cross-fitted training."
+    "A fastai Learner for cross-fitted training; by several processes where torchrun has started some."
     seed_everything(seed)
+    share(min(batch_size, len(training)))
     loaders = DataLoaders(
         SessionLoader(Sessions(training, model, folds), bs=batch_size, shuffle=True, drop_last=len(training) > batch_size, num_workers=0),
         DataLoader(Sessions(validation, model), bs=64, num_workers=0),
@@ -186,6 +195,9 @@ def new_learner(
     callbacks: list[Callback] = [StopWhereNotFinite(training.ids.tolist())]
     if isinstance(training, TimedData):
         callbacks.append(GradientClip(1.0))  # a slipped clock must not throw the weights out
+    if together():
+        share_layers(model)
+        callbacks.append(AverageGradients())
     return ResumableLearner(loaders, network, loss_func=loss, metrics=[MeanError()], wd=0.01, cbs=callbacks)
 
 
@@ -208,6 +220,7 @@ def fit(
             raise HeimdallError(str(error).rpartition('\n\t')[2]) from error  # fastai writes the callback's name before it
     if keep.best_epoch < 0:
         raise HeimdallError('no epoch ended with a finite validation loss: lower the learning rate')
+    wait_for_all()
     return load_model(best)
 
 # %% ../nbs/70_training.ipynb #b9c0684d

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from servers import Missing, PostgresServer, postgres_server, s3_server
+from servers import Missing, PostgresServer, RabbitServer, RedisServer, postgres_server, rabbit_server, redis_server, s3_server
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait leave the cores to others
@@ -46,6 +46,20 @@ def s3() -> Iterator[str]:
 def postgres() -> Iterator[PostgresServer]:
     "A PostgreSQL server."
     with _required(), postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope='session')
+def rabbit() -> Iterator[RabbitServer]:
+    "A RabbitMQ broker."
+    with _required(), rabbit_server() as server:
+        yield server
+
+
+@pytest.fixture(scope='session')
+def redis() -> Iterator[RedisServer]:
+    "A Redis server."
+    with _required(), redis_server() as server:
         yield server
 
 

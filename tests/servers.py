@@ -19,6 +19,7 @@ from urllib.request import urlopen
 ACCESS_KEY, SECRET_KEY = 'test-access', 'canary-secret-s3'
 DATABASE_USER, DATABASE_PASSWORD = 'heimdall', 'canary-secret-postgres'
 MLFLOW_USER, MLFLOW_PASSWORD = 'train', 'canary-secret-mlflow'
+BROKER_USER, BROKER_PASSWORD, REDIS_PASSWORD = 'heimdall', 'canary-secret-rabbitmq', 'canary-secret-redis'
 
 
 class Missing(Exception):
@@ -210,6 +211,96 @@ def mlflow_server(backend: str, artifacts: str, s3_endpoint: str) -> Iterator[Ml
     "A tracking server over a database and a bucket."
     with tempfile.TemporaryDirectory() as folder:
         server = MlflowServer(Path(folder), backend, artifacts, s3_endpoint)
+        try:
+            yield server
+        finally:
+            server.crash()
+
+
+class RabbitServer:
+    "A RabbitMQ with a node of its own, and an epmd of its own."
+
+    program = Path('/usr/lib/rabbitmq/bin/rabbitmq-server')
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder, folder / 'log'
+        self.port, distribution, mapper = free_ports(3)
+        (folder / 'rabbitmq.conf').write_text(
+            f'default_user = {BROKER_USER}\ndefault_pass = {BROKER_PASSWORD}\nlisteners.tcp.1 = 127.0.0.1:{self.port}\nlog.console = true\nlog.file = false\n')
+        self._environment = {
+            'PATH': os.environ.get('PATH', ''), 'HOME': str(folder), 'LC_ALL': 'C.UTF-8', 'ERL_EPMD_PORT': str(mapper), 'ERL_EPMD_ADDRESS': '127.0.0.1',
+            'RABBITMQ_NODENAME': f'test{self.port}@localhost', 'RABBITMQ_NODE_PORT': str(self.port), 'RABBITMQ_NODE_IP_ADDRESS': '127.0.0.1',
+            'RABBITMQ_DIST_PORT': str(distribution), 'RABBITMQ_MNESIA_BASE': str(folder / 'mnesia'), 'RABBITMQ_LOG_BASE': str(folder / 'logs'),
+            'RABBITMQ_CONFIG_FILE': str(folder / 'rabbitmq'), 'RABBITMQ_CONF_ENV_FILE': str(folder / 'none'), 'RABBITMQ_PID_FILE': str(folder / 'pid'),
+            'RABBITMQ_ENABLED_PLUGINS_FILE': str(folder / 'plugins'), 'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS': '+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none'}
+        # epmd, left to RabbitMQ, would outlive it
+        mapping = next(iter(sorted(Path('/usr/lib/erlang').glob('erts-*/bin/epmd'))), 'epmd')
+        self.mapper = subprocess.Popen([str(mapping)], env=self._environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.start()
+
+    def start(self) -> None:
+        "Start it, and wait until it is up."
+        begun = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open('ab') as output:
+            self.process = subprocess.Popen([str(self.program)], stdout=output, stderr=subprocess.STDOUT, cwd=self.folder, env=self._environment,
+                                            start_new_session=True)
+        _wait(self.process, lambda: b'Server startup complete' in self.log.read_bytes()[begun:], 'RabbitMQ', self.log, 120)
+
+    def crash(self) -> None:
+        "End it at once."
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def uri(self) -> str:
+        "Without the password."
+        return f'amqp://{BROKER_USER}@127.0.0.1:{self.port}/'
+
+
+@contextmanager
+def rabbit_server() -> Iterator[RabbitServer]:
+    "A RabbitMQ without queues."
+    if not RabbitServer.program.exists():
+        raise Missing('RabbitMQ is not installed: apt install rabbitmq-server')
+    with tempfile.TemporaryDirectory() as folder:
+        server = RabbitServer(Path(folder))
+        try:
+            yield server
+        finally:
+            server.crash()
+            _stop(server.mapper)
+
+
+class RedisServer:
+    "A Redis that writes down what it is told, and asks for a password."
+
+    def __init__(self, folder: Path):
+        self.folder, self.port, self.log = folder, free_ports(1)[0], folder / 'log'
+        (folder / 'redis.conf').write_text(
+            f'bind 127.0.0.1\nport {self.port}\ndir {folder}\nappendonly yes\nappendfsync always\nsave ""\nrequirepass {REDIS_PASSWORD}\n')
+        self.uri = f'redis://127.0.0.1:{self.port}/0'
+        self.start()
+
+    def start(self) -> None:
+        "Start it, and wait until it answers."
+        begun = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open('ab') as output:
+            self.process = subprocess.Popen(['redis-server', str(self.folder / 'redis.conf')], stdout=output, stderr=subprocess.STDOUT, cwd=self.folder)
+        _wait(self.process, lambda: b'Ready to accept connections' in self.log.read_bytes()[begun:], 'Redis', self.log)
+
+    def crash(self) -> None:
+        "End it at once."
+        _stop(self.process)
+
+
+@contextmanager
+def redis_server() -> Iterator[RedisServer]:
+    "A Redis without keys."
+    if shutil.which('redis-server') is None:
+        raise Missing('Redis is not installed: apt install redis-server')
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(Path(folder))
         try:
             yield server
         finally:

@@ -41,13 +41,16 @@ OPTIONS = {
     'doctor': ['--catalog', '--debug', '--json', '--out', '--store', '--tracking'],
     'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
     'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],
-    'features': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--json', '--store'],
+    'features': ['--allow-rejects', '--cache', '--catalog', '--celery', '--dataset', '--debug', '--json', '--store'],
     'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
     'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--store'],
     'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
+    'serve': ['--debug', '--host', '--port'],
     'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
+    'sweep': ['--debug', '--json', '--out', '--tracking'],
     'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--resume',
               '--scene', '--scene-seed', '--seed', '--store', '--test-seed', '--test-sessions', '--tracking', '--validation-sessions'],
+    'worker': ['--debug'],
 }
 FIELDS = ['allow_rejects', 'batch_size', 'cache', 'catalog', 'dataset', 'epochs', 'gain_drift', 'learning_rate', 'model', 'out', 'resume',
           'scene', 'scene_seed', 'seed', 'store', 'test_seed', 'test_sessions', 'tracking', 'validation_sessions']
@@ -73,7 +76,7 @@ def test_fields_are_frozen():
 
 def test_options_are_fields():
     options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
-    assert options - {'json', 'debug', 'sessions', 'network'} <= set(FIELDS)
+    assert options - {'json', 'debug', 'sessions', 'network', 'host', 'port', 'celery'} <= set(FIELDS)
 
 
 def call(*arguments: object):

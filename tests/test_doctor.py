@@ -22,6 +22,7 @@ from heimdall_train import doctor
 from heimdall_train.catalog import Catalog
 from heimdall_train.config import Config
 from heimdall_train.database import DatabaseSettings
+from heimdall_train.jobs import service_settings
 from heimdall_train.network import HeimdallError
 from heimdall_train.object_store import S3Settings, S3Store, open_store
 
@@ -117,10 +118,12 @@ def test_compose_names_are_those_of_the_configuration():
     known = {f'HEIMDALL_{name.upper()}' for name in Config.model_fields}
     for settings, prefix in ((S3Settings, 'S3'), (DatabaseSettings, 'CATALOG')):
         known |= {f'HEIMDALL_{prefix}_{name.upper()}' for name in settings.model_fields}
-    assert {name for name in EXAMPLE if name.startswith('HEIMDALL_')} <= known
+    assert {name for name in EXAMPLE if name.startswith('HEIMDALL_')} <= known | {'HEIMDALL_BROKER', 'HEIMDALL_REDIS'}
+    assert {'RABBITMQ_PASSWORD', 'REDIS_PASSWORD'} <= set(EXAMPLE)
+    service_settings(**{name: EXAMPLE[f'HEIMDALL_{name.upper()}'] for name in ('broker', 'redis')})
     config = Config(**{name.removeprefix('HEIMDALL_').lower(): EXAMPLE[name] for name in ('HEIMDALL_CATALOG', 'HEIMDALL_STORE', 'HEIMDALL_TRACKING')})
     ports = {port.split(':')[1] for service in COMPOSE['services'].values() for port in service.get('ports', [])}
-    for uri in (config.catalog, EXAMPLE['HEIMDALL_S3_ENDPOINT'], config.tracking):
+    for uri in (config.catalog, EXAMPLE['HEIMDALL_S3_ENDPOINT'], config.tracking, EXAMPLE['HEIMDALL_BROKER'], EXAMPLE['HEIMDALL_REDIS']):
         assert re.findall(r':(\d+)', str(uri))[-1] in ports
     committed = subprocess.run(['git', 'check-ignore', '.env'], cwd=ROOT, capture_output=True, text=True)
     assert committed.stdout == '.env\n', 'git would commit .env'

@@ -63,6 +63,11 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
+def imported_at_once(tree: ast.Module) -> set[str]:
+    "The first parts of the names that a module imports when it is imported itself."
+    return {name.split('.')[0] for statement in tree.body if isinstance(statement, ast.Import | ast.ImportFrom) for name in imported(statement)}
+
+
 @cache
 def distributions() -> dict[str, list[str]]:
     "The installed distributions that each top-level name comes from."
@@ -95,13 +100,30 @@ def test_setup_reads_settings():
     assert set(PROJECT['project']) == {'name', 'dynamic'}, 'metadata belongs in settings.ini'
 
 
+EXTRAS = {'jobs': 'jobs', 'service': 'jobs', 'lightning_module': 'lightning'}  # modules that work with an extra only: what it names is imported late
+
+
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: path.stem)
 def test_imports_are_required(path: Path):
-    allowed = required(settings()['requirements'])
+    extra = required(settings()[f'{EXTRAS[path.stem]}_requirements']) if path.stem in EXTRAS else set()
+    extra |= {'kombu', 'starlette'} if extra else set()  # parts of celery and of fastapi with packages of their own
+    allowed = required(settings()['requirements']) | extra
     tops = {name.split('.')[0] for name in imported(ast.parse(path.read_text(encoding='utf-8'))) if not name.startswith('.')}
     for top in sorted(tops - sys.stdlib_module_names - {'heimdall_train'}):
         owners = {canonicalize_name(name) for name in distributions().get(top, [])}
         assert owners & allowed, f'{path.name} imports {top}: add {" or ".join(owners) or "its package"} to requirements in settings.ini'
+    at_once = imported_at_once(ast.parse(path.read_text(encoding='utf-8')))
+    assert not {top for top in at_once if {canonicalize_name(name) for name in distributions().get(top, [])} & extra}, 'import an extra late'
+
+
+def test_lightning_is_pinned_by_version_and_hash():
+    lines = [line for line in (ROOT / 'requirements-lightning.txt').read_text().splitlines() if not line.startswith('#')]
+    pins = {match[1]: match[2] for line in lines if (match := re.fullmatch(r'([\w-]+)==([\d.]+) --hash=sha256:[0-9a-f]{64}', line))}
+    assert set(pins) == {'lightning', 'pytorch-lightning'} and len(lines) == 2
+    module = (ROOT / 'heimdall_train' / 'lightning_module.py').read_text()
+    [pinned, *compromised] = re.findall(r"'([\d.]+)'", next(line for line in module.splitlines() if line.startswith('PINNED, COMPROMISED =')))
+    assert set(pins.values()) == {pinned} and settings()['lightning_requirements'] == f'lightning=={pinned}'
+    assert compromised == ['2.6.2', '2.6.3'] and pinned not in compromised
 
 
 @pytest.mark.parametrize('path', [*MODULES, *sorted((ROOT / 'tests').glob('*.py'))], ids=lambda path: path.stem)
