@@ -24,7 +24,7 @@ from .data import as_levels, config_scene, graph_inputs, ingest, read_data, scen
 from .dataset import MINIMUM_TIMED, Split, TimedData, block_folds, make_split
 from .features import LevelData, drift, level_statistics
 from .ingest import check_share, read_levels_to_locate, read_split_file
-from .metrics import Evaluation, PositionMetrics, evaluate_positions, mahalanobis_squared, markdown_table
+from .metrics import COVERAGE_LEVELS, Evaluation, PositionMetrics, evaluate_positions, mahalanobis_squared, markdown_table
 from .network import HeimdallError, Network
 from .store import Session, local_path, write_file
 
@@ -81,13 +81,14 @@ def train(
 def _train_model(config: Config, data: LevelData, split: Split, run, say, saved: 'Saved | None') -> tuple['Model', dict]:
     "The calibrated model, and what there is to record of its training."
     from heimdall_train.checkpoints import Checkpoint
-    from heimdall_train.training import estimate, finish, fit, new_learner
+    from heimdall_train.training import fit, new_learner
 
     training, validation = data.take(data.rows(split.train)), data.take(data.rows(split.validation))
     frame, started = _frame(data, split.test), time.perf_counter()
     folds = block_folds(training.enu(frame), BLOCK_M, FOLDS, config.seed)
     prepare: Any = _prepare_timed if isinstance(data, TimedData) else _prepare_levels
     model, anchors, validation, settings, refit = prepare(config, training, validation, frame, folds, say)
+    tuning, held_out = _halves(validation, frame, config.seed)
 
     def epoch_ended(epoch: int, values: dict) -> None:
         run.log_metrics(values, step=epoch)
@@ -96,16 +97,15 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
         )
 
     began = time.perf_counter()
-    learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed, gain_drift=config.gain_drift)
+    learner = new_learner(model, anchors, training, folds, tuning, config.batch_size, config.seed, gain_drift=config.gain_drift)
     folder, advice = config.out / 'checkpoints', f'go on with heimdall-train train --resume --out {config.out}'
     checkpoint = Checkpoint(folder, _identity(config, data, split), saved, {'mlflow_run_id': run.run_id}, say, advice)
     model = fit(learner, config.epochs, folder, config.learning_rate, callbacks=[checkpoint], progress=epoch_ended)
     seconds = time.perf_counter() - began
     history = [dict(zip(('train_loss', 'validation_loss', 'mean_error_m'), row, strict=True)) for row in learner.recorder.values]
     trained = (len(history) - learner.first_epoch) * len(training)  # in this process
-    finish(model, validation)
-    position, covariance, anchor_position, anchor_covariance = estimate(model, validation)
-    truth = validation.enu(frame)
+    validated = _conclude(model, data, training, anchors, folds, tuning, held_out, refit)
+    radii = dict(zip(COVERAGE_LEVELS, model.conformal_radii.tolist(), strict=True))
     record = {
         'kind': 'timed' if isinstance(data, TimedData) else 'levels',
         'epoch': model.description['epoch'] + 1,
@@ -113,13 +113,31 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
         'variance_scale': float(model.variance_scale),
         'anchor': settings,
         'seconds': {'maps': began - started, 'training': seconds, 'samples_per_second': trained / seconds},
-        'validation': {
-            'model': evaluate_positions(truth, position, covariance),
-            'anchor': evaluate_positions(truth, anchor_position, anchor_covariance),
-        },
+        'validation': validated,
+        'conformal': {'sessions': len(held_out), 'radii': {key: radius if np.isfinite(radius) else None for key, radius in radii.items()}},
     }
-    refit(model, data.take(data.rows(split.train + split.validation)))
     return model, record
+
+
+def _halves(validation: LevelData, frame, seed: int) -> tuple[LevelData, LevelData]:
+    "Validation sessions in two halves by blocks: one to choose the epoch and the variance scale, one for what the model promises."
+    second = block_folds(validation.enu(frame), BLOCK_M, 2, seed) == 1
+    return validation.take(~second), validation.take(second)
+
+
+def _conclude(model: 'Model', data: LevelData, training: LevelData, anchors, folds: np.ndarray, tuning: LevelData, held_out: LevelData, refit) -> dict:
+    "Calibrate a trained model and give it its final anchor; how it does on the sessions that it was tuned on, by the anchor of the training."
+    from heimdall_train.training import estimate, finish, promise
+
+    finish(model, tuning)
+    position, covariance, anchor_position, anchor_covariance = estimate(model, tuning)
+    truth = tuning.enu(model.frame)
+    refit(model, data.take(data.rows([*training.ids, *tuning.ids])))
+    promise(model, training, anchors, folds, held_out)
+    return {
+        'model': evaluate_positions(truth, position, covariance),
+        'anchor': evaluate_positions(truth, anchor_position, anchor_covariance),
+    }
 
 # %% ../nbs/90_pipeline.ipynb #a551ef85
 def _prepare_levels(config: Config, training: LevelData, validation: LevelData, frame, folds: np.ndarray, say):
