@@ -74,7 +74,7 @@ def by_claimed_size(
     sigma, distance = claimed_sigma(covariance), np.hypot(*(truth - estimate).T)
     groups = np.array_split(np.argsort(sigma, kind='stable'), min(bins, len(sigma)))
     roots = ([float(np.sqrt(np.mean(values[rows] ** 2))) for values in (sigma, distance)] for rows in groups)
-    return [Tenth(*both, float(distance[rows].mean()), len(rows)) for both, rows in zip(roots, groups, strict=True)]
+    return [Tenth(sigma_m, rmse_m, float(distance[rows].mean()), len(rows)) for (sigma_m, rmse_m), rows in zip(roots, groups, strict=True)]
 
 
 def ence(
