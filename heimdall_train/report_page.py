@@ -237,7 +237,8 @@ def _svg(figure: Figure) -> bytes:
 def _shown(name: str, caption: str, png: bytes) -> str:
     "An image that is part of the page."
     words = html.escape(caption)
-    return f'<figure id="figure-{name}"><img alt="{words}" src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{words}</figcaption></figure>'
+    source = f'data:image/png;base64,{base64.b64encode(png).decode()}'
+    return f'<figure id="figure-{name}"><img alt="{words}" src="{source}"><figcaption>{words}</figcaption></figure>'
 
 
 def _list(values: Mapping[str, object]) -> str:
