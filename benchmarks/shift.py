@@ -1,16 +1,17 @@
 """A trained model where it was not trained: outside its zone, without receivers, over other terrain, with a slipped clock, in another month.
 
-Claim, to be shown: sessions that the maps do not fit are known by how badly their measurements agree, without a look at where the answer lies: AUROC above 0.9
-against the run's own test sessions for another terrain and for a clock that is 1 µs off, at most 5 % flagged in the zone; the 90 % ellipses of what is
-not flagged hold the truth in 80 % or more. A receiver whose time no other can check (the fix of the others is too wide) can slip by 1 µs unseen: that is geometry.
+Claim, to be shown: sessions that the maps do not fit are known by how badly their measurements agree, without a look at where the answer lies: AUROC above
+0.9 against the run's own test sessions for another terrain and for a clock that is 1 µs off, at most 5 % flagged in the zone; the 90 % ellipses of what is not
+flagged hold the truth in 80 % or more. A receiver whose time no other can check (the fix of the others is too wide) can slip by 1 µs unseen: that is geometry.
 
     python benchmarks/shift.py RUN [RUN …] [--test-sessions FILE …] [--sessions 300] [--out DIR]
 
 RUN is a finished run folder of `train` (or of `benchmarks/accuracy.py`), with what its sessions come from still there. A run of before models had conformal
-radii and typicality gets them here, from its best checkpoint and the half of its validation sessions that the pipeline would keep for it (its epoch was chosen
-on both halves then). Simulated sets: `ring` (sources 0.5 to 3 km outside the zone), `missing 2` (receivers taken away, never the reference), `other terrain` (the scene with
-another scene seed: the maps of another country), `clock 1 µs` (of one receiver, never the reference's, in every session). FILE names sessions of the run's
-dataset that it neither learnt nor was calibrated on, such as POWDER's `april`. Seconds to minutes a run on two cores. DIR/shift.json has the figures, DIR/shift.md the table.
+radii and typicality gets them here, from its best checkpoint and the half of its validation sessions that the pipeline would keep for it (its epoch was
+chosen on both halves then). Simulated sets: `ring` (sources 0.5 to 3 km outside the zone), `missing 2` (receivers taken away, never the reference),
+`other terrain` (the scene with another scene seed: maps of another country), `clock 1 µs` (of one receiver, never the reference's, in every session). FILE
+names sessions of the run's dataset that it neither learnt nor was calibrated on, such as POWDER's `april`. Seconds to minutes a run on two cores.
+DIR/shift.json has the figures, DIR/shift.md the table.
 """
 
 import argparse
