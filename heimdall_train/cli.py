@@ -8,7 +8,7 @@ __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', '
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
            'JsonOption', 'DebugOption', 'main_callback', 'ingest_callback', 'ingest_levels_command',
            'ingest_recordings_command', 'catalog_init', 'catalog_upgrade', 'simulate', 'features', 'train', 'evaluate',
-           'export', 'predict', 'doctor', 'sweep', 'serve', 'worker', 'demo', 'main']
+           'export', 'predict', 'report', 'doctor', 'sweep', 'serve', 'worker', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
@@ -389,7 +389,8 @@ def evaluate(
         print(evaluation.model_dump_json())
     else:
         _print_table(evaluation)
-        _say(f'report: {folder / "report.md"}, map: {folder / "map.png"}')
+        folder_name = 'report' if evaluation.split == 'test' else f'report-{evaluation.split}'
+        _say(f'report: {folder / folder_name / "report.html"}')
 
 
 @app.command()
@@ -443,6 +444,25 @@ def predict(
         print(json.dumps(answers))
     elif out is None:
         print(_csv(answers), end='')
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help='Run folder or bundle that has been evaluated, or an evaluation-….parquet of a run')],
+    out: Annotated[Path | None, typer.Option('--out', help='Folder to write to [default: report beside the evaluation]')] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Write the report of an evaluation: one HTML page that needs nothing else, and its figures as PNG and SVG."
+    folder = out or (source.parent if source.suffix == '.parquet' else source) / 'report'
+
+    def call(config):
+        from heimdall_train.report_page import write_report
+
+        return write_report(source, folder)
+
+    page = _run(call, debug)
+    print(json.dumps({'report': str(page)}) if as_json else page)
 
 
 @app.command()
@@ -565,7 +585,7 @@ def demo(
         print(evaluation.model_dump_json())
     else:
         _print_table(evaluation)
-        print(f'map: {folder / "map.png"}   report: {folder / "report.md"}   bundle: {folder / "bundle"}')
+        print(f'report: {folder / "report" / "report.html"}   bundle: {folder / "bundle"}')
     _next(
         'heimdall-train simulate demo-v1 --sessions 200',
         'heimdall-train ingest levels YOUR/levels.csv',

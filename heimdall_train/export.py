@@ -11,6 +11,7 @@ __all__ = ['OUTPUTS', 'PARITY_METRES', 'PARITY_SIGMA', 'PARITY_LATE', 'LevelGrap
 import hashlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from torch import nn
 from .disagreement import disagreement
 from .geodesy import SPEED_OF_LIGHT
 from .iq_features import stack_sessions
+from .metrics import COVERAGE_LEVELS
 from .model import LocalizationNet
 from .model_files import Model
 from .network import HeimdallError, Network
@@ -154,13 +156,18 @@ def export_onnx(
         'origin': {'latitude': model.frame.latitude, 'longitude': model.frame.longitude, 'height': model.frame.height},
         'source_height': model.network.source_height,
         **({'sample_rate': model.sample_rate, 'samples': model.samples} if isinstance(model, TimedNet) else {}),
-        'calibration': {'variance_scale': float(model.variance_scale)},
+        'calibration': {'variance_scale': float(model.variance_scale), 'conformal_radii': _radii(model)},
         **description,
     }
     for key, value in values.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
+
+
+def _radii(model: Model) -> dict[str, float | None]:
+    "Radii of the conformal ellipses by level; null where there were too few sessions for one."
+    return {key: radius if math.isfinite(radius) else None for key, radius in zip(COVERAGE_LEVELS, model.conformal_radii.tolist(), strict=True)}
 
 
 class _quiet:

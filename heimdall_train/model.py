@@ -15,6 +15,7 @@ from .anchor import Fix, LevelAnchor
 from .features import CHANGED_SHARE, OUTLIER_DEVIATION, LevelStatistics, flat_maps
 from .geodesy import Frame
 from .network import Network
+from .typicality import Typicality, agreement_figures
 
 # %% ../nbs/50_model.ipynb #6c422735
 def backbone(
@@ -115,6 +116,7 @@ class LocalizationNet(nn.Module):
     level_deviation: torch.Tensor
     extent: torch.Tensor
     variance_scale: torch.Tensor
+    conformal_radii: torch.Tensor
 
     def __init__(
         self,
@@ -132,6 +134,8 @@ class LocalizationNet(nn.Module):
         self.register_buffer('level_deviation', torch.as_tensor(statistics.deviation))
         self.register_buffer('extent', (anchor.grid.amax(dim=0) - anchor.grid.amin(dim=0)).max())
         self.register_buffer('variance_scale', torch.tensor(1.0))
+        self.register_buffer('conformal_radii', torch.full((5,), torch.inf))  # for the levels of `metrics.COVERAGE_LEVELS`; infinite promises nothing
+        self.typicality = Typicality(3)
         self.backbone = backbone(len(network))
         self.narrowed = nn.Sequential(nn.Linear(512, 64), nn.SiLU(), nn.Dropout(dropout))
         self.correction = Correction(64 + len(network) + SUMMARY_SIZE, width, dropout)
@@ -172,6 +176,21 @@ class LocalizationNet(nn.Module):
         features = torch.cat([self.narrowed(self.backbone(flat_maps(standardised))), heard, summarise(self.anchor, fix, factor, self.extent)], dim=1)
         position, covariance = self.correction(features, fix.position, factor)
         return position, self.variance_scale * covariance
+
+    def agreement(
+        self,
+        anchor: LevelAnchor,  # that made the fix
+        inputs: tuple[torch.Tensor, ...],  # levels in dB, 0 where not heard, and heard, each of shape (B, R)
+        fix: Fix,  # from `locate`
+    ) -> torch.Tensor:  # larger for worse agreement, shape (B, 3)
+        "How far levels are from their maps, and how surprising it is who heard, over the posterior: what typicality is judged by."
+        levels, heard = inputs[0], inputs[1] * anchor.known
+        probability, precision = torch.softmax(anchor.tempering * fix.log_posterior, dim=1), 1 / anchor.variance
+        means = [probability @ (anchor.mean**power * precision).T for power in range(3)]
+        square = (levels**2 * means[0] - 2 * levels * means[1] + means[2]).clamp(min=0)
+        hearing = (probability @ anchor.hearing.T).clamp(1e-4, 1 - 1e-4)
+        surprise = -(heard * torch.log(hearing) + (anchor.known - heard) * torch.log(1 - hearing)).sum(dim=1, keepdim=True) / anchor.known.sum()
+        return torch.cat([agreement_figures(square.sqrt(), heard), torch.log(surprise + 0.1)], dim=1)
 
     def augment(
         self,

@@ -65,7 +65,10 @@ def load_model(
         else:
             of_levels = LevelStatistics(tensors['level_mean'].numpy(), tensors['level_deviation'].numpy())
             model = LocalizationNet(network, frame, _level_anchor(tensors, 'anchor.'), of_levels, header['width'])
-        model.load_state_dict(tensors)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        lacking = [name for name in missing if name != 'conformal_radii' and not name.startswith('typicality.')]  # which models of before 0.2 do not have
+        if lacking or unexpected:
+            raise ValueError(f'tensors {", ".join([*lacking, *unexpected][:3])} missing or unknown')
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = ' '.join(str(error).split())[:120]
         raise HeimdallError(f'{path}: not a whole model file ({reason}): train again or take another copy') from error

@@ -16,11 +16,13 @@ from torch import nn
 
 from .anchor import LevelAnchor
 from .dataset import MINIMUM_TIMED, TimedData
+from .disagreement import disagreement
 from .expected_levels import Surveyed
 from .geodesy import Frame
 from .iq_features import FeatureExtractor
 from .model import FIX_SIZE, Correction, backbone, cholesky_2x2, describe_fix
 from .network import Network
+from .typicality import Typicality, agreement_figures
 
 # %% ../nbs/52_timed_model.ipynb #eb7231ae
 INNER, OUTER = slice(44, 84), slice(20, 108)  # rows of the maps: where the signal is strongest, and nearly the whole channel
@@ -169,6 +171,7 @@ class TimedNet(nn.Module):
     "Features of R receivers → position and covariance, by correcting a time-difference anchor."
 
     variance_scale: torch.Tensor
+    conformal_radii: torch.Tensor
     map_mean: torch.Tensor
     map_deviation: torch.Tensor
     snr_mean: torch.Tensor
@@ -197,6 +200,8 @@ class TimedNet(nn.Module):
         for name, value in statistics._asdict().items():
             self.register_buffer(name, value.clone())
         self.register_buffer('variance_scale', torch.tensor(1.0))
+        self.register_buffer('conformal_radii', torch.full((5,), torch.inf))  # for the levels of `metrics.COVERAGE_LEVELS`; infinite promises nothing
+        self.typicality = Typicality(6)
         self.extractor = FeatureExtractor(sample_rate, samples)
         self.backbone = backbone(3 * len(network))
         self.narrowed = nn.Sequential(nn.Linear(512, SEEN), nn.SiLU(), nn.Dropout(dropout))
@@ -336,6 +341,20 @@ class TimedNet(nn.Module):
         receivers = len(self.network)
         levels = (maps[:, :receivers] - self.map_mean[:, None, None]) / self.map_deviation[:, None, None] * heard[..., None, None]
         return self.backbone(torch.cat([levels, maps[:, receivers:] * torch.cat([counts, counts], dim=1)[..., None, None]], dim=1))
+
+    def agreement(
+        self,
+        anchor: Surveyed,  # that made the fix
+        inputs: tuple[torch.Tensor, ...],  # as of `forward`
+        fix: TimedFix,  # from `locate`
+    ) -> torch.Tensor:  # larger for worse agreement, shape (B, 6)
+        "How far arrival times, levels and the look of the recordings are from what is usual: what typicality is judged by."
+        found, counts = disagreement(fix), (fix.weight > 0).float()
+        late = (found.late / found.deviation.clamp(min=1)).float()
+        departure = fix.departure / (fix.departure_deviation**2 + 16).sqrt()
+        trouble = ((signs(inputs[0].float(), len(self.network)) - self.sign_mean) / self.sign_deviation).square().mean(dim=2).sqrt()
+        told = (found.deviation > 0).float()
+        return torch.cat([agreement_figures(late, told), agreement_figures(departure, counts), agreement_figures(trouble, counts)], dim=1)
 
     def augment(
         self,

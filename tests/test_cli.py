@@ -46,6 +46,7 @@ OPTIONS = {
     'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--store'],
     'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
     'serve': ['--debug', '--host', '--port'],
+    'report': ['--debug', '--json', '--out'],
     'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
     'sweep': ['--debug', '--json', '--out', '--tracking'],
     'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--resume',
@@ -149,8 +150,38 @@ def test_evaluate(chain: Chain):
     assert evaluation['model']['mean_m'] < evaluation['baselines']['mean']['mean_m']
     kept = json.loads((chain.run / 'metrics.json').read_text())['evaluation']
     assert kept == evaluation
-    for name in ('report.md', 'map.png', 'errors.png', 'calibration.png', 'evaluation.parquet', 'metrics.json'):
+    for name in ('report/report.html', 'report/map.png', 'report/errors.svg', 'report/calibration.png', 'evaluation.parquet', 'metrics.json'):
         assert (chain.run / name).stat().st_size > 0
+
+
+def test_a_report_needs_only_what_was_kept(chain: Chain, tmp_path: Path):
+    for source in (chain.run, chain.bundle):
+        page = Path(json.loads(succeed('report', source, '--out', tmp_path / source.name, '--json').stdout)['report'])
+        assert page.read_bytes() == (chain.run / 'report' / 'report.html').read_bytes()
+    fail('run heimdall-train evaluate first', 'report', tmp_path / 'nowhere', '--out', tmp_path / 'out')
+    (tmp_path / 'evaluation.parquet').write_bytes((chain.run / 'evaluation.parquet').read_bytes()[:5000])
+    fail('run heimdall-train evaluate again', 'report', tmp_path, '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_other_sessions_stand_beside_the_runs_own(chain: Chain, tmp_path: Path):
+    own = (chain.run / 'evaluation.parquet').read_bytes()
+    (tmp_path / 'few.txt').write_text('\n'.join(json.loads((chain.run / 'split.json').read_text())['test'][:15]))
+    other = json.loads(succeed('evaluate', '--model', chain.run, '--catalog', chain.catalog, '--test-sessions', tmp_path / 'few.txt', '--json').stdout)
+    assert (other['n'], other['split']) == (15, 'few') and (chain.run / 'evaluation.parquet').read_bytes() == own
+    metrics = json.loads((chain.run / 'metrics.json').read_text())
+    assert metrics['evaluation'] == json.loads(chain.evaluated.stdout) and metrics['other_sessions']['few']['evaluation'] == other
+    assert (chain.run / 'report-few' / 'report.html').exists() and (chain.run / 'evaluation-few.parquet').exists()
+
+
+def test_what_the_model_promises_is_kept_with_it(chain: Chain):
+    record, found = json.loads(chain.trained.stdout), json.loads((chain.run / 'metrics.json').read_text())['uncertainty']
+    radii = record['conformal']['radii']
+    described = json.loads((chain.bundle / 'model.json').read_text())['calibration']
+    assert described['conformal_radii'] == radii == found['conformal']['radii']
+    told = [radius for radius in radii.values() if radius is not None]
+    assert told == sorted(told) and told[0] > 0 and record['conformal']['sessions'] >= 10
+    assert 0 <= found['typicality']['flagged'] <= 1 and found['model']['nees_if_honest'][0] < 2 < found['model']['nees_if_honest'][1]
 
 
 def test_export(chain: Chain):
