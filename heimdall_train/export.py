@@ -132,6 +132,7 @@ def to_onnx(
     assert program is not None  # only without dynamo
     proto = program.model_proto
     _forget_traces(proto.graph)
+    _name_types(proto)
     _store_as_half(proto)
     return proto
 
@@ -154,6 +155,18 @@ def _forget_traces(graph) -> None:
         for attribute in node.attribute:
             if attribute.HasField('g'):
                 _forget_traces(attribute.g)
+
+
+def _name_types(proto) -> None:
+    "Replace each CastLike by a Cast to the type that it has anyway: a runtime folds constants, and normalisations into convolutions, only through the latter."
+    from onnx import helper, shape_inference
+
+    graph = shape_inference.infer_shapes(proto).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    types |= {initializer.name: initializer.data_type for initializer in graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == 'CastLike' and types.get(node.input[1]):
+            node.CopyFrom(helper.make_node('Cast', [node.input[0]], list(node.output), name=node.name, to=types[node.input[1]]))
 
 
 def _store_as_half(proto) -> None:

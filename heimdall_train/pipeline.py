@@ -497,6 +497,7 @@ def export(
     from heimdall_train.bundle import model_card, write_bundle
     from heimdall_train.export import describe, described, export_onnx
     from heimdall_train.model_files import load_model
+    from heimdall_train.quantisation import judge, quantise
     from heimdall_train.tracking import default_tracking_uri, tracked_run
     from heimdall_train.verification import verify_graph
 
@@ -520,14 +521,18 @@ def export(
     inputs, truth = graph_inputs(config, data, sessions), data.take(data.rows(sessions)).enu(model.frame)
     graph = export_onnx(model, description)
     verification = verify_graph(model, graph, inputs, truth)
-    graph = describe(graph, {'verification': verification})
+    int8 = quantise(graph, graph_inputs(config, data, split.validation[:16]))
+    judgement = judge(graph, int8, inputs, truth)
+    graph = describe(graph, {'verification': verification, 'int8': judgement})
     counts = {part: len(getattr(split, part)) for part in ('train', 'validation', 'test')}
     trained_on, scores = str(config.dataset or config.scene or data.network.name), Evaluation(**evaluation) if evaluation else None
     card = model_card(described(graph), training, trained_on, counts, scores)
-    write_bundle(bundle, graph, card, {name: values[:1] for name, values in inputs.items()}, table.read_bytes() if table.is_file() else None)
+    sample, evaluated = {name: values[:1] for name, values in inputs.items()}, table.read_bytes() if table.is_file() else None
+    write_bundle(bundle, graph, card, sample, evaluated, int8 if judgement['kept'] else None)
     say(
         f'ONNX and torch agree on {sum(check["sessions"] for check in verification["checks"].values())} sessions, whole and spoilt, '
-        f'to {verification["checks"]["batch of 32"]["position_m"]:.4f} m where they are whole; mean error {verification["mean_error"]["onnx_m"]:.1f} m'
+        f'to {verification["checks"]["batch of 32"]["position_m"]:.4f} m where they are whole; mean error {verification["mean_error"]["onnx_m"]:.1f} m, '
+        f'{judgement["int8_mean_m"]:.1f} m with 8 bits{"" if judgement["kept"] else ": left out"}'
     )
     with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
         run.log_artifact(bundle, 'bundle')

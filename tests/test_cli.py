@@ -191,7 +191,7 @@ def test_the_bundle_answers_without_python(chain: Chain, by_node: Callable[..., 
 
 def test_a_published_bundle_is_the_bundle(chain: Chain, tmp_path: Path):
     published = json.loads(succeed('publish', chain.bundle, '--to', tmp_path / 'models', '--json').stdout)
-    assert published['version'] == 1 and published['files'] == 6
+    assert published['version'] == 1 and published['files'] == len(list(chain.bundle.iterdir()))
     there = tmp_path / 'models' / 'v1'
     assert {path.name: path.read_bytes() for path in there.iterdir() if path.name != 'CLAIM'} == {
         path.name: path.read_bytes() for path in chain.bundle.iterdir()}
