@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from .export import PARITY_METRES, LevelGraph, RecordingGraph, described, onnx_session
-from .metrics import COVERAGE_LEVELS, Evaluation, PositionMetrics, clopper_pearson, markdown_table
+from .metrics import COVERAGE_LEVELS, CoverageLevel, Evaluation, PositionMetrics, clopper_pearson, markdown_table
 from .network import HeimdallError
 from .store import write_file
 from .verification import check_file
@@ -72,6 +72,8 @@ class Calibration(_Part):
     "How the covariance was made honest."
 
     variance_scale: float = Field(gt=0, description='by which it was multiplied, in the graph; fitted on validation sources')
+    conformal_radii: dict[CoverageLevel, float | None] | None = Field(
+        None, description='radius of the q-ellipse in deviations, by q in percent; null where too few sessions tell; absent where none were fitted')
 
 
 class Check(_Part):
