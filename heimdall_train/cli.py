@@ -6,9 +6,9 @@
 __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', 'DatasetOption', 'SceneOption', 'SceneSeedOption',
            'TestSeedOption', 'CacheOption', 'ResumeOption', 'OutOption', 'ModelOption', 'TestOption',
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
-           'JsonOption', 'BundleArgument', 'DebugOption', 'main_callback', 'ingest_levels_command',
-           'ingest_recordings_command', 'catalog_init', 'catalog_upgrade', 'simulate', 'train', 'evaluate', 'export',
-           'verify', 'sign', 'publish', 'predict', 'doctor', 'demo', 'main']
+           'JsonOption', 'BundleArgument', 'DebugOption', 'main_callback', 'ingest_callback', 'ingest_levels_command',
+           'ingest_recordings_command', 'catalog_init', 'catalog_upgrade', 'simulate', 'features', 'train', 'evaluate',
+           'export', 'verify', 'sign', 'publish', 'predict', 'doctor', 'demo', 'main']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-ingest_app = typer.Typer(help='Read what was recorded into catalog and store.', no_args_is_help=True)
+ingest_app = typer.Typer()
 app.add_typer(ingest_app, name='ingest')
 catalog_app = typer.Typer(help='Make the tables of a catalog, or bring them up to date.', no_args_is_help=True)
 app.add_typer(catalog_app, name='catalog')
@@ -115,9 +115,37 @@ def main_callback() -> None:
     "Localise a radio transmitter from a network of receivers, and say how sure the answer is."
 
 
+@ingest_app.callback(invoke_without_command=True)
+def ingest_callback(
+    context: typer.Context,
+    watch: Annotated[Path | None, typer.Option('--watch', metavar='FOLDER', help='Ingest what appears in this folder, until interrupted')] = None,
+    catalog: CatalogOption = None,
+    store: StoreOption = None,
+    allow_rejects: RejectsOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Read what was recorded into catalog and store."
+    if context.invoked_subcommand is not None:
+        if watch is not None:
+            raise typer.BadParameter('--watch takes a folder and no further command')
+        return
+    if watch is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+    def call(config):
+        from heimdall_train.data import watch as watched
+
+        _say(f'watching {watch}: recordings.csv, levels.csv and levels.parquet below it; end with Ctrl-C')
+        for manifest, found in watched(watch, config):
+            print(f'{manifest}: {found}', flush=True)
+
+    _run(call, debug, catalog=catalog, store=store, allow_rejects=allow_rejects)
+
+
 @ingest_app.command('levels')
 def ingest_levels_command(
-    table: Annotated[Path, typer.Argument(help='Level table (CSV) with receivers.csv beside it')],
+    table: Annotated[Path, typer.Argument(help='Level table (CSV or Parquet) with receivers.csv beside it')],
     catalog: CatalogOption = None,
     store: StoreOption = None,
     dataset: DatasetOption = None,
@@ -241,6 +269,27 @@ def simulate(
     where = f'{f" --catalog {catalog}" if catalog else ""}{f" --store {store}" if store else ""}'
     parts = f'--test-sessions {folder}/test.txt --validation-sessions {folder}/validation.txt'
     _next(f'heimdall-train train{where} --dataset {name} {parts} --out runs/{name}')
+
+
+@app.command()
+def features(
+    catalog: CatalogOption = None,
+    store: StoreOption = None,
+    dataset: DatasetOption = None,
+    cache: CacheOption = None,
+    allow_rejects: RejectsOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Compute the features of a dataset and put them into its store, where other machines fetch them; what is there is not computed again."
+
+    def call(config):
+        from heimdall_train.data import share_features
+
+        return share_features(config, _say)
+
+    done = _run(call, debug, catalog=catalog, store=store, dataset=dataset, cache=cache, allow_rejects=allow_rejects or None)
+    print(json.dumps(done) if as_json else '{sessions} sessions in {shards} shards at {key}; {sent} were new'.format(**done))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from .catalog import Catalog
 from .formats import on_axis, read_sigmf, read_wav
+from .geodesy import SPEED_OF_LIGHT, Frame
 from heimdall_train.ingest import (
     LEVEL_RANGE_DB,
     BadCell,
@@ -39,8 +41,9 @@ from heimdall_train.ingest import (
     says_the_same,
     table_rows,
 )
+from .modulation import why_no_position
 from .network import HeimdallError, Network
-from .store import Recording, Session, Source, Store, ahead, decode_iq, encode_iq, explain_os_error, recording_key
+from .store import Recording, Session, Source, Store, ahead, as_complex, decode_iq, encode_iq, explain_os_error, key_part, split_uri
 
 # %% ../nbs/21_ingest_recordings.ipynb #2c16aad8
 _IQ_TYPES = tuple(np.dtype(name) for name in ('complex64', 'complex128', 'int16'))
@@ -209,7 +212,7 @@ def _row(line: int, cells: dict[str, str], network: Network) -> _Row:
     receiver = cells.get('receiver') or Path(file).stem
     if receiver not in network.names:
         raise BadCell(f'network {network.name} has no receiver {quoted(receiver)}')
-    if not session_id or max(len(part) for part in recording_key(session_id, receiver).split('/')) > 255:
+    if not session_id or max(len(key_part(name)) for name in (session_id, receiver)) > 251:  # and a suffix
         raise BadCell('session_id is ' + ('too long' if session_id else 'missing'))
     source = known_source(cells['lat'], cells['lon']) if cells['lat'] or cells['lon'] else None
     if source:
@@ -320,7 +323,8 @@ def _check_session(rows: Sequence[_Row], folder: Path, network: Network) -> _Che
     "The session that some rows describe, of the recordings that can be used."
     fitting, rejects = _of_one_length(rows, folder)
     good: dict[str, tuple[_Row, Recording]] = {}
-    for row, _ in fitting:
+    reasons: list[str] = []  # why the recordings with a common clock carry no position; '' where one does
+    for row, samples in fitting:
         path, where = (folder / row.file).absolute(), f'file {quoted(row.file)}'
         try:
             iq, clock_error = _samples(row, folder)
@@ -330,10 +334,28 @@ def _check_session(rows: Sequence[_Row], folder: Path, network: Network) -> _Che
         else:
             kept = iq if path.suffix.lower() in READERS else None
             good[row.recording.receiver] = row, replace(row.recording, level_db=level, clock_error_s=clock_error, iq_uri=path.as_uri(), iq=kept)
+            if clock_error is not None and samples >= _FEWEST and '' not in reasons:
+                reasons.append(why_no_position(as_complex(iq), float(row.recording.sample_rate or 0), _reach_s(network)))
+    if len(reasons) >= 3 and '' not in reasons:
+        rejects += [FileReject(row.line, row.session_id, f'its signal carries no position: {reasons[0]}', row.file) for row, _ in good.values()]
+        good = {}
     recordings = tuple(good[name][1] for name in network.names if name in good)
     first = rows[0]
     session = Session(first.session_id, first.started_at, first.source, recordings, first.frequency_hz) if recordings else None
     return _Checked(session, {name: row for name, (row, _) in good.items()}, fitting[0][1] if fitting else 0, rejects)
+
+
+_FEWEST = 64  # samples from which an autocorrelation says something
+_REACH_S = 1e-3  # where the network does not say how far apart its receivers are: 300 km
+
+
+def _reach_s(network: Network) -> float:
+    "Largest delay between two receivers of a network, seconds."
+    latitudes, longitudes = ([getattr(receiver, name) for receiver in network.receivers if receiver.has_position] for name in ('latitude', 'longitude'))
+    if len(latitudes) < 2:
+        return _REACH_S
+    places = network.positions_enu(Frame(float(np.mean(latitudes)), float(np.mean(longitudes))))
+    return float(np.nanmax(np.linalg.norm(places[:, None] - places, axis=2))) / SPEED_OF_LIGHT
 
 
 def _check_sessions(rows: Iterable[_Row], folder: Path, network: Network) -> Iterator[_Checked]:
@@ -373,8 +395,9 @@ def _into_store(checked: _Checked, folder: Path, store: Store, held: Mapping[str
     if checked.session is None:
         return checked
     session, rejects, recordings = checked.session, list(checked.rejects), []
+    uris = store.recording_uris(session.id, [recording.receiver for recording in session.recordings], checked.samples)
     for recording in session.recordings:
-        row, uri = checked.rows[recording.receiver], store.uri(recording_key(session.id, recording.receiver))
+        row, uri = checked.rows[recording.receiver], uris[recording.receiver]
         if _other_samples(store, uri, row, folder):
             reason = f'the store already has other samples of session {quoted(session.id)}, receiver {recording.receiver}: give the session another id'
             rejects.append(FileReject(row.line, row.session_id, reason, row.file))
@@ -406,14 +429,18 @@ def _copied(kept: Sequence[_Checked], folder: Path, store: Store) -> Iterator[No
 
     def copy(checked: _Checked) -> None:
         assert checked.session is not None
-        for recording in checked.session.recordings:
-            row, key = checked.rows[recording.receiver], recording_key(checked.session.id, recording.receiver)
-            if not store.exists(key):
+        for place, recordings in groupby(checked.session.recordings, lambda recording: split_uri(recording.iq_uri or '')[0]):
+            if store.exists(store.key(place)):
+                continue
+            samples = {}
+            for recording in recordings:
+                row = checked.rows[recording.receiver]
                 iq, _ = _samples(row, folder)
                 if measure_level(iq, row.file) != recording.level_db:
                     raise HeimdallError(f'{folder / row.file} changed while it was read: ingest files that nobody writes to any more')
-                written.append(key)
-                store.write_recording(checked.session.id, recording.receiver, iq)
+                samples[recording.iq_uri or ''] = iq
+            written.append(store.key(place))
+            store.write_recordings(samples)
 
     try:
         deque(ahead(copy, kept, store.threads), maxlen=0)

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from typer.testing import CliRunner
 from heimdall_train.bundle import model_schema, read_sample
 from heimdall_train.catalog import Catalog
 from heimdall_train.cli import app
+from heimdall_train.config import make_config
+from heimdall_train.data import watch
+from heimdall_train.ingest import IngestReport
 from heimdall_train.metrics import clopper_pearson, evaluation_schema
 from heimdall_train.network import HeimdallError
 from heimdall_train.pipeline import Config, write_scene_table
@@ -42,6 +46,7 @@ OPTIONS = {
     'doctor': ['--catalog', '--debug', '--json', '--out', '--store', '--tracking'],
     'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
     'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],
+    'features': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--json', '--store'],
     'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
     'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--store'],
     'publish': ['--debug', '--json', '--to'],
@@ -519,3 +524,40 @@ def test_only_debug_shows_the_traceback(tmp_path: Path):
     assert loud.returncode != 0 and 'Traceback' in loud.stderr and 'HeimdallError: ' in loud.stderr.splitlines()[-1]
     assert isinstance(call('ingest', 'levels', tmp_path / 'levels.csv', '--debug').exception, HeimdallError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_watched_folder_is_ingested_as_it_fills(chain: Chain, tmp_path: Path):
+    inbox, config = tmp_path / 'inbox', make_config(catalog=str(tmp_path / 'catalog.db'), store=str(tmp_path / 'store'))
+    inbox.mkdir()
+    found = watch(inbox, config, interval_s=0.01)
+    lines = chain.table.read_text().splitlines(keepends=True)
+
+    def campaign(name: str, text: str) -> Path:
+        (inbox / name).mkdir(exist_ok=True)
+        shutil.copy(chain.scene / 'receivers.csv', inbox / name / 'receivers.csv')
+        (inbox / name / 'levels.csv').write_text(text)
+        return inbox / name / 'levels.csv'
+
+    first = campaign('monday', ''.join(lines[:20]))
+    path, report = next(found)
+    assert (path, report.dataset, report.sessions) == (first, 'monday', 19)
+    campaign('monday', ''.join(lines[:25]))  # rows were appended
+    broken = campaign('tuesday', 'no table')
+    ends = dict([next(found), next(found)])
+    assert isinstance(ends[first], IngestReport), ends[first]
+    assert (ends[first].sessions, ends[first].unchanged) == (5, 19) and 'column' in str(ends[broken])
+    campaign('tuesday', lines[0] + ''.join(lines[25:40]))  # mended
+    path, report = next(found)
+    assert (path, report.sessions) == (broken, 15)
+    assert {entry.name for entry in Catalog(config.catalog).datasets()} == {'monday', 'tuesday'}
+
+
+def test_watch_ends_with_an_interruption_and_says_what_it_did(chain: Chain, tmp_path: Path):
+    program = [sys.executable, '-c', 'from heimdall_train.cli import main; main()']
+    options = ['ingest', '--watch', chain.scene, '--catalog', tmp_path / 'catalog.db', '--store', tmp_path / 'store']
+    process = subprocess.Popen([str(part) for part in program + options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert 'sessions added to dataset' in said and process.returncode == 130 and 'interrupted' in errors
+    assert call('ingest', '--watch', tmp_path / 'absent').exit_code == 2

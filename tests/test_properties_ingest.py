@@ -2,8 +2,12 @@
 import csv
 import io
 import tempfile
+from collections import Counter
 from datetime import UTC, datetime
 
+import numpy as np
+import pandas as pd
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,3 +111,25 @@ def test_any_bytes_end_in_rows_or_in_one_line(content: bytes):
         assert str(error).isprintable()
     else:
         assert all(isinstance(reject, Reject) for reject in rejects) and (sessions or rejects)
+
+
+@pytest.mark.fault
+def test_damaged_parquet_files():
+    "Ten thousand Parquet files with bytes changed or cut off: sessions, or one line."
+    count, file, generator = 30, io.BytesIO(), np.random.default_rng(0)
+    columns = {'session_id': [f's{number}' for number in range(count)], 'started_at': pd.date_range('2025-10-22', periods=count, tz='UTC')}
+    pd.DataFrame(columns | {'lat': 45.0, 'lon': 7.5, **{name: np.linspace(-80, -50, count) for name in NETWORK.names}}).to_parquet(file)
+    whole = np.frombuffer(file.getvalue(), np.uint8)
+    assert len(parse_level_table(whole.tobytes(), NETWORK, 'table')[0]) == count
+    ends = Counter()
+    for number in range(10_000):
+        damaged = whole.copy()
+        damaged[generator.integers(4, len(whole), generator.integers(1, 6))] = generator.integers(256)
+        content = damaged[: generator.integers(4, len(whole)) if number % 5 == 0 else len(whole)].tobytes()
+        try:
+            parse_level_table(content, NETWORK, 'table')
+            ends['sessions'] += 1
+        except HeimdallError as error:
+            assert str(error).isprintable()
+            ends['one line'] += 1
+    assert ends['one line'] > 5000 and ends['sessions'] > 100
