@@ -6,9 +6,10 @@
 __all__ = ['app', 'ingest_app', 'catalog_app', 'CatalogOption', 'StoreOption', 'DatasetOption', 'SceneOption', 'SceneSeedOption',
            'TestSeedOption', 'CacheOption', 'ResumeOption', 'OutOption', 'ModelOption', 'TestOption',
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
-           'JsonOption', 'DebugOption', 'main_callback', 'ingest_callback', 'ingest_levels_command',
+           'JsonOption', 'BundleArgument', 'DebugOption', 'main_callback', 'ingest_callback', 'ingest_levels_command',
            'ingest_recordings_command', 'catalog_init', 'catalog_upgrade', 'simulate', 'features', 'train', 'evaluate',
-           'export', 'predict', 'report', 'doctor', 'sweep', 'serve', 'worker', 'demo', 'main']
+           'export', 'verify', 'sign', 'publish', 'predict', 'report', 'doctor', 'sweep', 'serve', 'worker', 'demo',
+           'main']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
@@ -65,6 +66,7 @@ TrackingOption = Annotated[
 ]
 RejectsOption = Annotated[bool, typer.Option('--allow-rejects', help='Keep the good rows even where more than a fifth is bad')]
 JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON alone on standard output')]
+BundleArgument = Annotated[Path, typer.Argument(help='Folder that export has written')]
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error')]
 
 # %% ../nbs/95_cli.ipynb #fe85cce8
@@ -411,8 +413,70 @@ def export(
 
     bundle = _run(call, debug, model=model, catalog=catalog, dataset=dataset, tracking=tracking)
     description = json.loads((bundle / 'model.json').read_text())
-    print(json.dumps({'bundle': str(bundle), 'parity': description['parity']}) if as_json else bundle)
+    print(json.dumps({'bundle': str(bundle), 'verification': description['verification']}) if as_json else bundle)
     _next(f'heimdall-train predict TABLE.csv --model {bundle}')
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    key: Annotated[Path | None, typer.Option('--key', help='Public key that must have signed the bundle (PEM) [default: no signature is asked for]')] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Check a bundle: digests, description, no weights elsewhere, the sample's answer, and the signature where a key is given."
+
+    def call(config):
+        from heimdall_train.bundle import check_bundle
+
+        return check_bundle(bundle, key)
+
+    found = _run(call, debug)
+    if as_json:
+        print(json.dumps({'bundle': str(bundle), **found}))
+    else:
+        signed = f'signed by the holder of {key}' if found['signature'] else 'signature not checked'
+        print(f'{bundle}: {len(found["files"])} files as exported, sample answered to {found["sample_m"]:.4f} m, {signed}')
+
+
+@app.command()
+def sign(
+    bundle: BundleArgument,
+    key: Annotated[Path, typer.Option('--key', help='Private key (PEM, elliptic curve); its passphrase in HEIMDALL_SIGN_PASSPHRASE')],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Check a bundle and sign it: model.sig beside SHA256SUMS."
+
+    def call(config):
+        from heimdall_train.bundle import sign_bundle
+
+        return sign_bundle(bundle, key)
+
+    signature = _run(call, debug)
+    print(json.dumps({'bundle': str(bundle), 'signature': str(signature)}) if as_json else signature)
+    _next(f'heimdall-train verify {bundle} --key PUBLIC_KEY', f'heimdall-train publish {bundle} --to s3://heimdall-models/localization')
+
+
+@app.command()
+def publish(
+    bundle: BundleArgument,
+    to: Annotated[str, typer.Option('--to', help='Where the versions are: s3://bucket/prefix, or a folder')],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    "Bring a bundle to where services look for it, as the next version; what was interrupted is finished, and nothing is overwritten."
+
+    def call(config):
+        from heimdall_train.publication import publish
+
+        return publish(bundle, to, _say)
+
+    published = _run(call, debug)
+    if as_json:
+        print(json.dumps(published._asdict()))
+    else:
+        print(f'{published.uri}' + ('' if published.files else ': was there already'))
 
 
 @app.command()

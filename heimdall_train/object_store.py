@@ -65,7 +65,7 @@ def _may_pass(error: BaseException) -> bool:
 
     if isinstance(error, ClientError):
         status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode', 0)
-        return status >= 500 or status == 429 or _code(error) in ('RequestTimeout', 'SlowDown', 'BadDigest', 'IncompleteBody')
+        return status >= 500 or status == 429 or _code(error) in ('ConditionalRequestConflict', 'RequestTimeout', 'SlowDown', 'BadDigest', 'IncompleteBody')
     return isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError | _Damaged)
 
 
@@ -176,6 +176,28 @@ class S3Store(Store):
 
         self._patiently(f'cannot write {key} in {self.root}', put)
         return self.uri(key)
+
+    def create(
+        self,
+        key: str,  # such as 'v3/CLAIM'
+        content: bytes,  # of a key that has none yet
+    ) -> bool:  # whether it was written; False where there were bytes already, which stay as they are
+        "Write the bytes of a key that has none, in one piece (5 GB at most); of two who try at once, one does."
+        from botocore.exceptions import ClientError
+
+        name, digest = self._name(key), {'sha256': hashlib.sha256(content).hexdigest()}
+        md5 = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+
+        def put(deadline: float) -> bool:
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=name, Body=content, Metadata=digest, ContentMD5=md5, IfNoneMatch='*')
+            except ClientError as error:
+                if _code(error) in ('PreconditionFailed', '412'):
+                    return False
+                raise
+            return True
+
+        return self._patiently(f'cannot write {key} in {self.root}', put)
 
     def read(
         self,

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,7 @@ from .dataset import MINIMUM_TIMED, Split, TimedData, block_folds, make_split
 from .features import LevelData, drift, level_statistics
 from .geodesy import hdop
 from .ingest import check_share, read_levels_to_locate, read_split_file
-from .metrics import COVERAGE_LEVELS, Evaluation, PositionMetrics, evaluate_positions, mahalanobis_squared, markdown_table
+from .metrics import COVERAGE_LEVELS, Evaluation, PositionMetrics, evaluate_positions, mahalanobis_squared
 from .network import HeimdallError, Network
 from .scores import uncertainty_scores
 from .store import Session, local_path, write_file
@@ -578,9 +579,12 @@ def export(
     progress: Callable[[str], None] | None = None,  # called with a line now and then
 ) -> Path:  # of the bundle
     "Export a run as a bundle, register it, and enter it in the catalog."
-    from heimdall_train.export import write_bundle
+    from heimdall_train.bundle import model_card, write_bundle
+    from heimdall_train.export import describe, described, export_onnx
     from heimdall_train.model_files import load_model
+    from heimdall_train.quantisation import judge, quantise
     from heimdall_train.tracking import default_tracking_uri, tracked_run
+    from heimdall_train.verification import verify_graph
 
     say = progress or (lambda line: None)
     config = _of_run(config)
@@ -590,18 +594,30 @@ def export(
     data = _fitting(model, read_data(config, say), folder)
     table = folder / 'evaluation.parquet'
     evaluation = metrics.get('evaluation')
+    training, bundle, sessions = metrics['training'], folder / 'bundle', split.test[: 32 if isinstance(data, TimedData) else 256]
     description = {
-        'dataset_digest': metrics['training']['dataset_digest'],
-        'mlflow_run_id': metrics['training']['mlflow_run_id'],
-        'model_type': metrics['training']['kind'],
+        'created_at': datetime.now(UTC).isoformat(timespec='seconds'),
+        'dataset_digest': training['dataset_digest'],
+        'mlflow_run_id': training['mlflow_run_id'],
+        'model_type': training['kind'],
+        'area': _area(data.take(data.rows(split.train + split.validation))),
         'metrics': evaluation['model'] if evaluation else None,
     }
-    bundle, inputs = folder / 'bundle', graph_inputs(config, data, split.test[: 32 if isinstance(data, TimedData) else 256])
-    differences = write_bundle(
-        bundle, model, inputs, description, _model_card(model, metrics), table.read_bytes() if table.is_file() else None
-    )
+    inputs, truth = graph_inputs(config, data, sessions), data.take(data.rows(sessions)).enu(model.frame)
+    graph = export_onnx(model, description)
+    verification = verify_graph(model, graph, inputs, truth)
+    int8 = quantise(graph, graph_inputs(config, data, split.validation[:16]))
+    judgement = judge(graph, int8, inputs, truth)
+    graph = describe(graph, {'verification': verification, 'int8': judgement})
+    counts = {part: len(getattr(split, part)) for part in ('train', 'validation', 'test')}
+    trained_on, scores = str(config.dataset or config.scene or data.network.name), Evaluation(**evaluation) if evaluation else None
+    card = model_card(described(graph), training, trained_on, counts, scores)
+    sample, evaluated = {name: values[:1] for name, values in inputs.items()}, table.read_bytes() if table.is_file() else None
+    write_bundle(bundle, graph, card, sample, evaluated, int8 if judgement['kept'] else None)
     say(
-        f'ONNX and torch agree on {len(inputs["heard"])} sessions to {differences["position_m"]:.4f} m and {differences["sigma_relative"]:.2%} of σ'
+        f'ONNX and torch agree on {sum(check["sessions"] for check in verification["checks"].values())} sessions, whole and spoilt, '
+        f'to {verification["checks"]["batch of 32"]["position_m"]:.4f} m where they are whole; mean error {verification["mean_error"]["onnx_m"]:.1f} m, '
+        f'{judgement["int8_mean_m"]:.1f} m with 8 bits{"" if judgement["kept"] else ": left out"}'
     )
     with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
         run.log_artifact(bundle, 'bundle')
@@ -621,33 +637,10 @@ def export(
     return bundle
 
 
-def _model_card(model: 'Model', metrics: dict) -> str:
-    "MODEL_CARD.md: what the model is for, on what it was trained, how good it is, and where it ends."
-    training, evaluation, timed = metrics['training'], metrics.get('evaluation'), metrics['training']['kind'] == 'timed'
-    what, limit = 'received levels in dB with a mask', 'the posterior has no cell outside it'
-    if timed:
-        what = f'{model.samples} samples at {model.sample_rate:.0f} per second of each receiver, with a mask, start offsets and clock errors'
-        limit = 'the excess paths were learnt there; with fewer than three disciplined clocks the answer comes from levels alone'
-    lines = [
-        '# Localisation from recordings with a common clock' if timed else '# Localisation from received levels',
-        '',
-        f'Network **{model.network.name}**, {int(model.known.sum())} of {len(model.network)} receivers; '
-        f'origin {model.frame.latitude:.5f}, {model.frame.longitude:.5f}.',
-        '',
-        f'Input: {what}. Output: WGS84 position, σ east and north in metres, covariance in m².',
-        '',
-        f'Data digest `{training["dataset_digest"]}`; variance scale {training["variance_scale"]:.3f}, fitted on validation sources.',
-        '',
-        '## Limits',
-        '',
-        f'Valid inside the surveyed area only: {limit}. '
-        f'The transmitter is taken to be {model.network.source_height:.0f} m above the ellipsoid '
-        'and as strong as those of training. Receivers that training never heard are masked.',
-        '',
-        '## Test',
-        '',
-    ]
-    return '\n'.join(lines + [markdown_table(Evaluation(**evaluation)) if evaluation else 'Not evaluated.', ''])
+def _area(data: LevelData) -> dict[str, float]:
+    "The box about the sources, in degrees."
+    south, west = float(data.latitude.min()), float(data.longitude.min())
+    return {'south': south, 'north': float(data.latitude.max()), 'west': west, 'east': float(data.longitude.max())}
 
 # %% ../nbs/90_pipeline.ipynb #68717ecd
 def predict(
@@ -787,7 +780,8 @@ def _located(path: Path) -> _Located:
         rate, samples = getattr(model, 'sample_rate', None), getattr(model, 'samples', None)
         return _Located(model.network, model.known.numpy() > 0, rate, samples, by_torch)
     if (path / 'model.json').exists():
-        from heimdall_train.export import check_bundle, onnx_session
+        from heimdall_train.bundle import check_bundle
+        from heimdall_train.export import onnx_session
 
         check_bundle(path)
         description = json.loads((path / 'model.json').read_text())

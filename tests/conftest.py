@@ -1,11 +1,13 @@
 """Fixtures that several test files share."""
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from servers import Missing, PostgresServer, RabbitServer, RedisServer, postgres_server, rabbit_server, redis_server, s3_server
+from servers import Missing, PostgresServer, RabbitServer, RedisServer, node_packages, postgres_server, rabbit_server, redis_server, s3_server
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch: threads that wait leave the cores to others
@@ -61,6 +63,16 @@ def redis() -> Iterator[RedisServer]:
     "A Redis server."
     with _required(), redis_server() as server:
         yield server
+
+
+@pytest.fixture(scope='session')
+def by_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    "Runs examples/node/locate.mjs on a bundle."
+    example, folder = ROOT / 'examples' / 'node', tmp_path_factory.mktemp('node')
+    with _required():
+        (folder / 'node_modules').symlink_to(node_packages(example))
+    shutil.copy(example / 'locate.mjs', folder)
+    return lambda *paths: subprocess.run(['node', folder / 'locate.mjs', *paths], capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,6 @@
-"""Real servers for tests: started on free loopback ports, ended by their own process handle."""
+"""Real servers for tests: started on free loopback ports, ended by their own process handle; and Node.js with the packages of an example."""
+import fcntl
+import hashlib
 import json
 import os
 import pwd
@@ -305,3 +307,26 @@ def redis_server() -> Iterator[RedisServer]:
             yield server
         finally:
             server.crash()
+
+
+def node_packages(example: Path) -> Path:
+    "The node_modules of an example, installed once for each of its lock files, outside the repository."
+    node, npm = shutil.which('node'), shutil.which('npm')
+    if node is None or npm is None:
+        raise Missing('Node.js is not installed: apt install nodejs npm')
+    digest = hashlib.sha256((example / 'package-lock.json').read_bytes()).hexdigest()[:16]
+    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'heimdall-train'
+    folder = base / f'node-{digest}'
+    base.mkdir(parents=True, exist_ok=True)
+    with open(base / f'lock-node-{digest}', 'w') as lock:  # two test processes at once: the second waits for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / 'complete').exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for name in ('package.json', 'package-lock.json', '.npmrc'):
+                shutil.copy(example / name, folder)
+            done = subprocess.run([npm, 'ci', '--ignore-scripts', '--no-audit', '--no-fund'], cwd=folder, capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                raise Missing(f'npm ci failed: {done.stderr[-500:]}')
+            (folder / 'complete').touch()
+    return folder / 'node_modules'

@@ -1,13 +1,15 @@
 """The command line on a tiny network: what it promises to programs that call it, the whole chain, and every fault in one line."""
 import csv
+import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,15 +19,18 @@ import papermill
 import pytest
 import typer
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from heimdall_train.bundle import model_schema, read_sample
 from heimdall_train.catalog import Catalog
 from heimdall_train.cli import app
 from heimdall_train.config import make_config
 from heimdall_train.data import watch
 from heimdall_train.ingest import IngestReport
-from heimdall_train.metrics import evaluation_schema
+from heimdall_train.metrics import clopper_pearson, evaluation_schema
 from heimdall_train.network import HeimdallError
 from heimdall_train.pipeline import Config, write_scene_table
 
@@ -44,6 +49,9 @@ OPTIONS = {
     'features': ['--allow-rejects', '--cache', '--catalog', '--celery', '--dataset', '--debug', '--json', '--store'],
     'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
     'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--store'],
+    'publish': ['--debug', '--json', '--to'],
+    'sign': ['--debug', '--json', '--key'],
+    'verify': ['--debug', '--json', '--key'],
     'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
     'serve': ['--debug', '--host', '--port'],
     'report': ['--debug', '--json', '--out'],
@@ -77,7 +85,7 @@ def test_fields_are_frozen():
 
 def test_options_are_fields():
     options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
-    assert options - {'json', 'debug', 'sessions', 'network', 'host', 'port', 'celery'} <= set(FIELDS)
+    assert options - {'json', 'debug', 'sessions', 'network', 'host', 'port', 'celery', 'key', 'to'} <= set(FIELDS)
 
 
 def call(*arguments: object):
@@ -186,8 +194,123 @@ def test_what_the_model_promises_is_kept_with_it(chain: Chain):
 
 def test_export(chain: Chain):
     answer = json.loads(chain.exported.stdout)
-    assert answer['bundle'] == str(chain.bundle) and answer['parity']['position_m'] < 0.1 and answer['parity']['sigma_relative'] < 1e-3
+    assert answer['bundle'] == str(chain.bundle)
+    checks, mean = answer['verification']['checks'], answer['verification']['mean_error']
+    assert {'batch of 32', '1 receiver missing', 'each receiver missing once', 'levels 60 dB lower'} <= set(checks)
+    assert all(check['position_share'] < 1 and check['sigma_relative'] < 1e-3 for check in checks.values())
+    assert abs(mean['onnx_m'] - json.loads(chain.evaluated.stdout)['model']['mean_m']) < 0.1
     assert f'heimdall-train predict TABLE.csv --model {chain.bundle}' in chain.exported.stderr
+
+
+def test_the_description_fits_its_schema_and_the_card_says_what_it_should(chain: Chain):
+    description = json.loads((chain.bundle / 'model.json').read_text())
+    jsonschema.validate(description, model_schema())
+    assert description['tensors']['levels'] == {'type': 'float32', 'shape': ['batch', 8], 'meaning': 'received level, dB; anything where not heard'}
+    card = (chain.bundle / 'MODEL_CARD.md').read_text()
+    for section in ('Trained on', 'Where it holds', 'Where it does not', 'Errors', 'Calibration', 'The graph beside the model', 'Physics', 'Licence'):
+        assert f'\n## {section}' in card
+    count = round(description['metrics']['coverage']['90'] * len((chain.scene / 'test.txt').read_text().split()))
+    low, high = clopper_pearson(count, 40)
+    assert f'| 90% | {count / 40:.1%} | {low:.1%} to {high:.1%} |' in card
+
+
+def test_the_bundle_answers_without_python(chain: Chain, by_node: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path):
+    done = by_node(chain.bundle)
+    assert done.returncode == 0, done.stderr
+    fix, (inputs, expected) = json.loads(done.stdout), read_sample(chain.bundle)
+    assert np.abs(np.array([[fix['east_m'], fix['north_m']]]) - expected['position_enu']).max() < 0.1
+    inputs['levels'][inputs['heard'] == 0] = np.nan
+    (tmp_path / 'own.json').write_text(json.dumps({name: values.tolist() for name, values in inputs.items()}).replace('NaN', 'null'))
+    assert json.loads(by_node(chain.bundle, tmp_path / 'own.json').stdout) == fix
+    altered = shutil.copytree(chain.bundle, tmp_path / 'bundle')
+    (altered / 'model.json').write_bytes((altered / 'model.json').read_bytes().replace(b'45', b'46', 1))
+    refused = by_node(altered)
+    assert refused.returncode == 2 and refused.stdout == '' and 'model.json was altered' in refused.stderr
+
+
+def test_a_published_bundle_is_the_bundle(chain: Chain, tmp_path: Path):
+    published = json.loads(succeed('publish', chain.bundle, '--to', tmp_path / 'models', '--json').stdout)
+    assert published['version'] == 1 and published['files'] == len(list(chain.bundle.iterdir()))
+    there = tmp_path / 'models' / 'v1'
+    assert {path.name: path.read_bytes() for path in there.iterdir() if path.name != 'CLAIM'} == {
+        path.name: path.read_bytes() for path in chain.bundle.iterdir()}
+    assert json.loads(succeed('verify', there, '--json').stdout)['sample_m'] < 0.1
+    assert succeed('publish', chain.bundle, '--to', tmp_path / 'models').stdout.endswith('v1: was there already\n')
+    (there / 'MODEL_CARD.md').write_text('perfect')
+    fail('altered', 'verify', there)
+    fail('altered', 'publish', there, '--to', tmp_path / 'models')
+
+
+def write_keys(folder: Path, passphrase: bytes | None = None) -> tuple[Path, Path]:
+    "Files of a private and a public key."
+    key = ec.generate_private_key(ec.SECP256R1())
+    encryption = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
+    folder.mkdir()
+    (folder / 'private.pem').write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
+    (folder / 'public.pem').write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return folder / 'private.pem', folder / 'public.pem'
+
+
+def test_a_signature_holds_for_one_bundle_and_one_key(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bundle = shutil.copytree(chain.bundle, tmp_path / 'bundle')
+    (private, public), (locked, its_public) = write_keys(tmp_path / 'one'), write_keys(tmp_path / 'locked', b'canary-passphrase')
+    fail('nobody has signed', 'verify', bundle, '--key', public)
+    assert succeed('sign', bundle, '--key', private).stdout == f'{bundle / "model.sig"}\n'
+    assert json.loads(succeed('verify', bundle, '--key', public, '--json').stdout)['signature'] is True
+    fail('not the signature of this bundle by the key', 'verify', bundle, '--key', its_public)
+    whole = (bundle / 'model.sig').read_bytes()
+    for damaged in (whole[:-40], b'', b'{}', whole.replace(b'sig', b'gis', 1)):
+        (bundle / 'model.sig').write_bytes(damaged)
+        fail('not the signature of this bundle by the key', 'verify', bundle, '--key', public)
+    (bundle / 'model.sig').write_bytes(whole)
+    (bundle / 'MODEL_CARD.md').write_text('perfect')  # and its sum made right by whoever wrote it
+    lines = (bundle / 'SHA256SUMS').read_text().splitlines()
+    digest = hashlib.sha256(b'perfect').hexdigest()
+    (bundle / 'SHA256SUMS').write_text(''.join(f'{digest}  MODEL_CARD.md\n' if line.endswith('MODEL_CARD.md') else f'{line}\n' for line in lines))
+    succeed('verify', bundle)
+    fail('not the signature of this bundle by the key', 'verify', bundle, '--key', public)
+    for key, words in ((tmp_path / 'missing.pem', 'No such file'), (chain.table, 'no public elliptic-curve key'), (private, 'no public elliptic-curve key')):
+        fail(words, 'verify', bundle, '--key', key)
+    for key in (locked, chain.table, public):
+        fail('HEIMDALL_SIGN_PASSPHRASE', 'sign', bundle, '--key', key)
+    monkeypatch.setenv('HEIMDALL_SIGN_PASSPHRASE', 'canary-passphrase')
+    signed = succeed('sign', bundle, '--key', locked)
+    assert 'canary' not in signed.stdout + signed.stderr
+    succeed('verify', bundle, '--key', its_public)
+
+
+def test_signatures_without_the_extra_are_one_line(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.startswith('model_signing')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'model_signing', None)
+    fail("pip install 'heimdall-train[sign]'", 'verify', chain.bundle, '--key', tmp_path / 'public.pem')
+    fail("pip install 'heimdall-train[sign]'", 'sign', chain.bundle, '--key', tmp_path / 'private.pem')
+
+
+@pytest.mark.fault
+def test_what_the_sums_cannot_see_is_refused(chain: Chain, tmp_path: Path):
+    "A bundle whose sums are right, but which is not one: a weight elsewhere, a description of another format, a wrong answer, a file outside."
+    import onnx
+
+    def altered(name: str, content: bytes) -> Path:
+        bundle = shutil.copytree(chain.bundle, tmp_path / secrets.token_hex(4))
+        (bundle / name).write_bytes(content)
+        names = [line.partition('  ')[2] for line in (bundle / 'SHA256SUMS').read_text().splitlines()]
+        (bundle / 'SHA256SUMS').write_text(''.join(f'{hashlib.sha256((bundle / each).read_bytes()).hexdigest()}  {each}\n' for each in names))
+        return bundle
+
+    proto = onnx.load(chain.bundle / 'model.onnx')
+    proto.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    fail('external data', 'verify', altered('model.onnx', proto.SerializeToString()))
+    description, sample = (json.loads((chain.bundle / name).read_text()) for name in ('model.json', 'sample.json'))
+    fail('model.json: format', 'verify', altered('model.json', json.dumps({**description, 'format': 2}).encode()))
+    fail('receivers[0]', 'verify', altered('model.json', json.dumps({**description, 'receivers': [{'name': 'Torino'}]}).encode()))
+    sample['position_enu'][0][0] += 0.3
+    fail('answers its sample 0.30 m off', 'verify', altered('sample.json', json.dumps(sample).encode()))
+    bundle = shutil.copytree(chain.bundle, tmp_path / 'outside')
+    with (bundle / 'SHA256SUMS').open('a') as sums:
+        sums.write(f'{"0" * 64}  ../table.csv\n')
+    fail('SHA256SUMS is not whole', 'verify', bundle)
 
 
 def test_predict_the_same_from_run_and_bundle(chain: Chain, tmp_path: Path):

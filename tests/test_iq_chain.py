@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -15,18 +17,20 @@ import yaml
 from typer.testing import CliRunner
 
 from heimdall_train.bounds import scene_bound
+from heimdall_train.bundle import read_sample
 from heimdall_train.catalog import Catalog
 from heimdall_train.cli import app
 from heimdall_train.config import make_config
 from heimdall_train.data import graph_inputs, ingest_samples, read_data, scene_split, simulate
 from heimdall_train.dataset import TimedData, cached_features
-from heimdall_train.export import OUTPUTS, agree, hand_over, onnx_session, parity
+from heimdall_train.export import OUTPUTS, described, hand_over, onnx_session
 from heimdall_train.metrics import evaluation_schema
 from heimdall_train.model_files import load_model
 from heimdall_train.network import HeimdallError
 from heimdall_train.recordings import simulate_sessions
 from heimdall_train.scene import load_scene, scene_world
 from heimdall_train.store import encode_iq, write_file
+from heimdall_train.verification import spoilt_recordings, verify_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {'train': 72, 'validation': 24, 'test': 32}
@@ -95,17 +99,62 @@ def test_scene_on_the_way_gives_the_same_data_and_a_bound(chain: Chain):
     assert 5 < bound < json.loads(chain.evaluated.stdout)['model']['rmse_m']
 
 
-@pytest.mark.parametrize('batch', [1, 2, 7, 32])
-def test_graph_agrees_with_torch_with_receivers_missing(chain: Chain, batch: int):
-    model, session = load_model(chain.run / 'model.safetensors'), onnx_session(chain.bundle / 'model.onnx')
-    inputs, generator = chain.inputs(batch), np.random.default_rng(batch)
-    for missing in range(5):
-        heard = inputs['heard'].copy()
-        for row in range(batch):
-            present = np.flatnonzero(heard[row])
-            heard[row, generator.choice(present, min(missing, len(present)), replace=False)] = 0
-        differences = parity(model, session, {**inputs, 'heard': heard})
-        assert agree(differences), (missing, differences)
+def test_every_export_is_verified(chain: Chain):
+    "Batches, receivers missing, weak and noisy signals, shifted starts, clocks: the graph is the model, and the mean error the same."
+    verification = json.loads(chain.exported.stdout)['verification']
+    wanted = [f'batch of {size}' for size in (1, 2, 7, 32)] + ['1 receiver missing'] + [f'{count} receivers missing' for count in (2, 3, 4)]
+    wanted += ['each receiver missing once', 'signals 60 dB weaker', 'noise 0 dB above the signals', 'noise 10 dB above the signals']
+    wanted += ['recordings that start apart', 'undisciplined clocks', 'slipped clocks']
+    assert list(verification['checks']) == wanted
+    assert verification['checks']['each receiver missing once']['sessions'] == 7
+    for check in verification['checks'].values():
+        assert check['position_share'] < 1 and check['sigma_relative'] < 1e-3 and check['late_deviations'] < 0.01
+    mean = json.loads(chain.evaluated.stdout)['model']['mean_m']
+    assert verification['mean_error']['sessions'] == COUNTS['test']
+    assert abs(verification['mean_error']['onnx_m'] - mean) < 0.1 and abs(verification['mean_error']['torch_m'] - mean) < 0.1
+    for text in (json.dumps(described((chain.bundle / 'model.onnx').read_bytes())), (chain.bundle / 'model.json').read_text()):
+        assert json.loads(text)['verification'] == verification
+    assert f'{verification["mean_error"]["onnx_m"]:.2f} m by the graph' in (chain.bundle / 'MODEL_CARD.md').read_text()
+    assert (chain.bundle / 'model.onnx').stat().st_size < 25e6
+    int8 = json.loads((chain.bundle / 'model.json').read_text())['int8']
+    assert int8['sessions'] == COUNTS['test'] and abs(int8['float_mean_m'] - mean) < 0.1
+    assert int8['kept'] == (int8['int8_mean_m'] <= 1.02 * int8['float_mean_m']) == (chain.bundle / 'model.int8.onnx').exists()
+
+
+def test_shifted_recordings_are_shifted_as_their_starts_say(chain: Chain):
+    "The case of the verification is what a receiver that begins later would record: the fix stays where it was."
+    inputs = chain.inputs(4)
+    case = dict(spoilt_recordings(inputs, 12_500.0, np.random.default_rng(0)))['recordings that start apart']
+    assert len({*(case['start_offset'] - inputs['start_offset']).ravel()}) > 10
+    session = onnx_session(chain.bundle / 'model.onnx')
+    before, after = (session.run(['position_enu'], each)[0] for each in (inputs, case))
+    assert np.abs(before - after).max() < 5
+
+
+@pytest.mark.parametrize(('name', 'condition'), [
+    ('batch of 2', lambda inputs: len(inputs['heard']) == 2),
+    ('undisciplined clocks', lambda inputs: np.isnan(inputs['clock_error']).any()),
+])
+def test_a_graph_that_is_wrong_in_one_case_is_refused_and_the_case_named(chain: Chain, monkeypatch: pytest.MonkeyPatch, name: str, condition: Callable):
+    model, inputs, session = load_model(chain.run / 'model.safetensors'), chain.inputs(4), onnx_session(chain.bundle / 'model.onnx')
+
+    class Faulty:
+        def run(self, names, given):
+            answers = session.run(names, given)
+            return [answer + 1 if output == 'position_enu' and condition(given) else answer for output, answer in zip(names, answers, strict=True)]
+
+    monkeypatch.setattr('heimdall_train.verification.onnx_session', lambda serialised: Faulty())
+    with pytest.raises(HeimdallError, match=f'^verification of the graph, {name}: it differs from the model by 1.0'):
+        verify_graph(model, (chain.bundle / 'model.onnx').read_bytes(), inputs, np.zeros((4, 2)))
+
+
+def test_the_bundle_answers_without_python(chain: Chain, by_node: Callable[..., subprocess.CompletedProcess[str]]):
+    done = by_node(chain.bundle)
+    assert done.returncode == 0, done.stderr
+    fix, (_, expected) = json.loads(done.stdout), read_sample(chain.bundle)
+    assert np.abs(np.array([[fix['east_m'], fix['north_m']]]) - expected['position_enu']).max() < 0.1
+    assert [fix['latitude'], fix['longitude']] == pytest.approx(expected['position'][0], abs=1e-6)
+    assert fix['sigma_east_m'] == pytest.approx(expected['sigma'][0, 0], rel=1e-3)
 
 
 def test_graph_ignores_what_was_not_heard(chain: Chain):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -79,9 +80,18 @@ def test_bytes_by_key(store: Store):
     fails(lambda: store.key('file:///elsewhere/a.csv'), 'is not in the store')
 
 
+def test_what_is_created_is_never_overwritten(store: Store):
+    assert store.create('v1/CLAIM', b'mine') and not store.create('v1/CLAIM', b'yours')
+    assert store.read('v1/CLAIM') == b'mine'
+    with ThreadPoolExecutor(8) as several:
+        made = list(several.map(lambda number: store.create('v2/CLAIM', bytes([number]) * 1000), range(8)))
+    assert made.count(True) == 1 and store.read('v2/CLAIM') == bytes([made.index(True)]) * 1000
+    assert list(store.keys()) == ['v1/CLAIM', 'v2/CLAIM']
+
+
 @pytest.mark.parametrize('key', ['', '/etc/passwd', '../up', 'a/../../b', 'a//b', 'a/.hidden', 'tail/', 'a\\b', 'a\0b'])
 def test_a_key_that_leaves_the_store_is_refused(store: Store, key: str):
-    for call in (store.read, store.exists, store.delete, store.uri, lambda key: store.write(key, b'')):
+    for call in (store.read, store.exists, store.delete, store.uri, lambda key: store.write(key, b''), lambda key: store.create(key, b'')):
         fails(lambda call=call: call(key), 'is not a key')
 
 
