@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .network import HeimdallError
+from .store import local_path
 
 # %% ../nbs/86_config.ipynb #bc31d4d3
 class Config(BaseSettings):
@@ -28,7 +29,7 @@ class Config(BaseSettings):
     test_seed: int | None = Field(None, ge=0, description="of a scene's test sources")
     cache: Path = Field(Path('runs/features'), description='folder that keeps the features of recordings')
     out: Path = Field(Path('runs/train'), description='run folder: configuration, split, model, figures, bundle')
-    model: Path | None = Field(None, description='model to use: a run folder or a bundle; the run folder `out` by default')
+    model: str | Path | None = Field(None, description='model to use: a run folder, a bundle, or its URI; the run folder `out` by default')
     test_sessions: str | Path | None = Field(None, description='file with one session id a line; whole blocks are held out where not given')
     validation_sessions: str | Path | None = Field(None, description='the same for validation')
     seed: int = Field(0, ge=0, lt=2**31, description='of blocks, weights, order of samples and drop-out')
@@ -54,8 +55,8 @@ class Config(BaseSettings):
 
     @property
     def model_path(self) -> Path:
-        "The run folder or bundle to use."
-        return self.model or self.out
+        "The run folder to use."
+        return self.out if self.model is None else local_path(self.model, 'run folder')
 
 
 def make_config(
