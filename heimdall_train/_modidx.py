@@ -729,6 +729,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'heimdall_train/locations.py'),
                                           'heimdall_train.locations.Location.position': ( 'locations.html#location.position',
                                                                                           'heimdall_train/locations.py'),
+                                          'heimdall_train.locations.Location.radius': ( 'locations.html#location.radius',
+                                                                                        'heimdall_train/locations.py'),
                                           'heimdall_train.locations.Location.row': ( 'locations.html#location.row',
                                                                                      'heimdall_train/locations.py'),
                                           'heimdall_train.locations.Location.sigma': ( 'locations.html#location.sigma',

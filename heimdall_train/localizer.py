@@ -26,6 +26,7 @@ from .geodesy import SPEED_OF_LIGHT, Frame
 from .ingest import check_share, read_levels_to_locate
 from .ingest_recordings import FileReject, inspect_iq, read_iq, read_recordings
 from .locations import Location, ModelIdentity, RangeDifference
+from .metrics import COVERAGE_LEVELS
 from .network import HeimdallError, Network
 from .object_store import open_store, read_uri
 from .registry import Registry, cache_bundle, model_cache
@@ -46,6 +47,7 @@ class Answerer(NamedTuple):
     sample_rate: float | None  # of the recordings; None for levels
     samples: int | None  # of a recording
     answer: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # inputs of the graph → its outputs, by name
+    radii: dict[str, float | None]  # of the ellipses, by level in percent, where the model has its own
     model: 'Model | None'  # the model in torch; None for a bundle
 
 # %% ../nbs/84_localizer.ipynb #6ebece2a
@@ -89,7 +91,9 @@ def _run_folder(folder: Path, name: str) -> Answerer:
 
     identity = ModelIdentity(name, None, hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest())
     rate, samples = getattr(model, 'sample_rate', None), getattr(model, 'samples', None)
-    return Answerer(identity, model.network, model.frame, model.known.numpy() > 0, rate, samples, by_torch, model)
+    learnt = getattr(model, 'conformal_radii', None)
+    radii = {} if learnt is None else {key: value if np.isfinite(value) else None for key, value in zip(COVERAGE_LEVELS, learnt.tolist(), strict=True)}
+    return Answerer(identity, model.network, model.frame, model.known.numpy() > 0, rate, samples, by_torch, radii, model)
 
 
 def _bundle(folder: Path, name: str, version: str | None) -> Answerer:
@@ -107,7 +111,8 @@ def _bundle(folder: Path, name: str, version: str | None) -> Answerer:
     def by_graph(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(outputs, session.run(outputs, inputs), strict=True))
 
-    return Answerer(identity, network, Frame(**description['origin']), known, rate, samples, by_graph, None)
+    radii = description.get('calibration', {}).get('conformal_radii') or {}
+    return Answerer(identity, network, Frame(**description['origin']), known, rate, samples, by_graph, radii, None)
 
 # %% ../nbs/84_localizer.ipynb #ad02c662
 def _to_locate(path: Path, answerer: Answerer, allow_rejects: bool) -> tuple[list[Session], list]:
@@ -298,6 +303,7 @@ def fuse_locations(
         note='; '.join([note, *dict.fromkeys(f'{location.session_id}: {location.note}' for location in locations if location.note)]),
         inputs_sha256=hashlib.sha256(''.join(location.inputs_sha256 for location in locations).encode()).hexdigest(),
         differences=tuple(difference for location in locations for difference in location.differences),
+        radii={},  # the model's are those of a single recording
     )
 
 # %% ../nbs/84_localizer.ipynb #6e7b6189
@@ -352,6 +358,7 @@ class Localizer:
                 locations.append(Location(
                     session.id, session.started_at, latitude, longitude, answer['covariance'][row].astype(np.float64), self.answerer.frame,
                     self.answerer.network.source_height, receivers, notes[row], _digest(inputs, row), self.answerer.identity, measured[row],
+                    self.answerer.radii,
                 ))
         return locations
 

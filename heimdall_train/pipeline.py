@@ -523,7 +523,7 @@ def export(
         f'ONNX and torch agree on {len(inputs["heard"])} sessions to {differences["position_m"]:.4f} m and {differences["sigma_relative"]:.2%} of σ'
     )
     with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
-        version = register_bundle(run, bundle)
+        version = register_bundle(run, bundle, {name: values[:1] for name, values in inputs.items()})
     if config.scene is None:
         Catalog(config.catalog).add_model(
             'localization_model',

@@ -77,7 +77,7 @@ def test_a_champion_comes_through_the_server(server: MlflowServer, tmp_path: Pat
         digests[name] = hashlib.sha256(content).hexdigest()
     (tmp_path / 'SHA256SUMS').write_text(''.join(f'{digest}  {name}\n' for name, digest in digests.items()))
     with tracked_run(server.uri, tmp_path) as run:
-        number = register_bundle(run, tmp_path)
+        number = register_bundle(run, tmp_path, {'levels': np.ones((1, 2), np.float32)})
     registry = Registry(server.uri, cache=tmp_path / 'cache')
     fails(lambda: registry.find('models:/localization_model@champion'), 'has no version champion')
     assert registry.promote('challenger').candidate == number
@@ -98,8 +98,7 @@ def identity_bundle() -> dict[str, bytes]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=10)
     description = {'origin': {'latitude': 45.06, 'longitude': 7.60, 'height': 0.0}, 'source_height': 300.0,
                    'dataset_digest': 'abc', 'metrics': {'mean_m': 100.0}}
-    sample = {'levels': [[1.0, 2.0]], 'position': [[1.0, 2.0]]}
-    return {'model.onnx': model.SerializeToString(), 'model.json': json.dumps(description).encode(), 'sample.json': json.dumps(sample).encode()}
+    return {'model.onnx': model.SerializeToString(), 'model.json': json.dumps(description).encode()}
 
 
 def evaluation() -> pd.DataFrame:
