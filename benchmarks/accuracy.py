@@ -336,7 +336,7 @@ def study_zone(options: argparse.Namespace, folder: Path) -> dict:
             place = generator.uniform(-half - high, half + high)
             if low < np.linalg.norm(np.maximum(np.abs(place) - half, 0)) <= high:
                 places.append(place)
-        test = simulated(config, data, f'ring {ring}', count, lambda: simulate_sessions(scene, 'test', numbers=range(count), at=np.array(places)))
+        test = simulated(config, data, f'ring {ring}', count, lambda rows: simulate_sessions(scene, 'test', numbers=rows, at=np.array(places)[rows]))
         return all_methods(model, data, split, test)
 
     for ring, (low, high) in enumerate(((0, 500), (500, 1000), (1000, 2000), (2000, 4000), (4000, 8000))):
@@ -356,9 +356,9 @@ def study_repeats(options: argparse.Namespace, folder: Path) -> dict:
     scene = config_scene(config)
     count = scene.sources['test']
 
-    def sessions():
+    def sessions(rows: list[int]):
         for repeat in range(3):
-            yield from simulate_sessions(scene, 'test', repeat=repeat)
+            yield from simulate_sessions(scene, 'test', numbers=[row - repeat * count for row in rows if row // count == repeat], repeat=repeat)
 
     repeated = simulated(config, data, 'three recordings', 3 * count, sessions)
 

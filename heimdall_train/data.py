@@ -4,29 +4,31 @@
 
 # %% auto #0
 __all__ = ['ingest', 'ingest_samples', 'write_scene_table', 'simulate', 'scene_digest', 'part_counts', 'config_scene',
-           'read_data', 'as_levels', 'scene_split', 'graph_inputs']
+           'read_data', 'as_levels', 'share_features', 'scene_split', 'graph_inputs']
 
 # %% ../nbs/88_data.ipynb #f7455d33
 import hashlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from .catalog import Catalog
 from .config import Config
-from .dataset import MINIMUM_TIMED, TimedData, cached_features, features_digest, with_samples
+from .dataset import MINIMUM_TIMED, TimedData, cached_features, features_digest, fitting, shard_files, share_shards, with_samples
 from .features import LevelData, level_data
-from .ingest import IngestReport, ingest_levels
+from .ingest import MAX_REJECTED, IngestReport, ingest_levels
 from .ingest_recordings import RecordingsReport, ingest_recordings
 from .network import HeimdallError, Network
 from .object_store import open_store
 from .recordings import simulate_sessions
 from .scene import PARTS, Scene, load_scene, scene_world
 from .simulation import session_count, session_id, simulate_levels
-from .store import Session, Store, ahead, write_file
+from .store import Session, Store, ahead, split_uri, write_file
 
 # %% ../nbs/88_data.ipynb #1c128bbf
 def ingest(
@@ -163,14 +165,9 @@ def _stored(sessions: Iterator[Session], store: Store) -> Iterator[Session]:
     "Put the samples into the store; sessions keep their URIs."
 
     def put(session: Session) -> Session:
-        return replace(
-            session,
-            recordings=tuple(
-                replace(recording, iq=None, iq_uri=store.write_recording(session.id, recording.receiver, recording.iq))
-                for recording in session.recordings
-                if recording.iq is not None
-            ),
-        )
+        recorded = [recording for recording in session.recordings if recording.iq is not None]
+        uris = store.write_session(session.id, {recording.receiver: recording.iq for recording in recorded if recording.iq is not None})
+        return replace(session, recordings=tuple(replace(recording, iq=None, iq_uri=uris[recording.receiver]) for recording in recorded))
 
     return ahead(put, sessions, store.threads)
 
@@ -195,53 +192,91 @@ def read_data(
 ) -> LevelData:  # `TimedData` where there are recordings whose clocks are disciplined
     "All approved sessions of a dataset, or all sessions of a scene, as arrays."
     say = progress or (lambda line: None)
-    if config.scene is not None:
-        if config_scene(config).radio is None:
-            return _scene_levels(config)
-        return _timed_or_levels(_scene_features(config, say), say)
-    catalog = Catalog(config.catalog)
-    dataset = catalog.dataset(config.dataset)
-    network, sessions = catalog.network(dataset.network), list(catalog.sessions(dataset.name))
-    if not any(recording.iq_uri for session in sessions for recording in session.recordings):
-        return level_data(sessions, network)
-    store = open_store(config.store)
-    marks = store.fingerprints(recording.iq_uri for session in sessions for recording in session.recordings if recording.iq_uri)
-    parts = (
-        (config.allow_rejects, session.id, session.source, recording, marks.get(recording.iq_uri or '', ''))
-        for session in sessions
-        for recording in session.recordings
-    )
-    key = features_digest(network, parts)
-    left_out: list[str] = []
+    if config.scene is not None and config_scene(config).radio is None:
+        return _scene_levels(config)
+    found = _of_scene(config) if config.scene is not None else _of_catalog(config)
+    if found is None:
+        catalog = Catalog(config.catalog)
+        dataset = catalog.dataset(config.dataset)
+        return level_data(catalog.sessions(dataset.name), catalog.network(dataset.network))
+    return _timed_or_levels(_features(config, found, say), say)
 
-    def note(line: str) -> None:
-        left_out.append(line)
+
+class _Recorded(NamedTuple):
+    "Sessions with recordings, before their samples are read."
+
+    network: Network
+    key: str  # of their features
+    total: int  # sessions
+    recordings: int  # of the sessions in a store; 0 where they are simulated on the way
+    sessions: Callable[[list[int], list[str]], Iterable[Session]]  # gets rows, and adds to the lines what was left out
+    store: Store | None  # that holds them
+
+
+def _features(config: Config, found: _Recorded, say: Callable[[str], None]) -> TimedData:
+    "Features of sessions, from the cache, the store, or computed; `HeimdallError` where more than a fifth of the recordings cannot be used."
+    told: list[str] = []
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        told.append(line)
         say(line)
 
-    def read() -> Iterator[Session]:
-        return with_samples(sessions, store, note, config.allow_rejects)
+    data = cached_features(config.cache, found.key, found.network, lambda rows: found.sessions(rows, lines), found.total, _counted(say, found.total),
+                           report, lines, found.store)
+    if found.store is not None and len(told) > MAX_REJECTED * found.recordings and not config.allow_rejects:
+        raise HeimdallError(f'{len(told)} of {found.recordings} recordings in the store {found.store.root} cannot be used: check them, or give --allow-rejects')
+    return data
 
-    return _timed_or_levels(cached_features(config.cache, key, network, read, len(sessions), _counted(say, len(sessions)), say, left_out), say)
+
+def _of_catalog(config: Config) -> _Recorded | None:
+    "Sessions of a dataset; None where there are only levels. They are read twice, and never all at once."
+    catalog, store = Catalog(config.catalog), open_store(config.store)
+    dataset = catalog.dataset(config.dataset)
+    network = catalog.network(dataset.network)
+    places: dict[str, None] = {}  # files and objects that hold the recordings, in order
+    counts = Counter({'sessions': 0, 'recordings': 0})
+
+    def parts() -> Iterator[object]:
+        for session in catalog.sessions(dataset.name):
+            located = [recording.iq_uri for recording in session.recordings if recording.iq_uri]
+            places.update((split_uri(uri)[0], None) for uri in located)
+            counts.update(sessions=1, recordings=len(located))
+            yield session.id, session.source, session.recordings
+        yield from store.fingerprints(places).items()
+
+    key = features_digest(network, parts())
+    if not places:
+        return None
+
+    def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
+        wanted = set(rows)
+        chosen = (session for row, session in enumerate(catalog.sessions(dataset.name)) if row in wanted)
+        return with_samples(chosen, store, lines.append)
+
+    return _Recorded(network, key, counts['sessions'], counts['recordings'], sessions, store)
+
+
+def _of_scene(config: Config) -> _Recorded:
+    "Sessions of a scene, simulated as they are asked for."
+    scene = config_scene(config)
+    network = scene_world(scene).network
+    counts = part_counts(scene, None)
+    key = features_digest(network, [scene, sorted(scene.sources.items()), config.seed])
+    starts = dict(zip(PARTS, np.cumsum([0, *counts.values()]), strict=False))
+
+    def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
+        for part in PARTS:
+            numbers = [row - starts[part] for row in rows if 0 <= row - starts[part] < counts[part]]
+            yield from simulate_sessions(scene, part, config.seed, numbers)
+
+    return _Recorded(network, key, sum(counts.values()), 0, sessions, None)
 
 
 def _scene_levels(config: Config) -> LevelData:
     "Levels of all sessions of a test bed."
     scene = config_scene(config)
     return level_data((each for part in PARTS for each in simulate_levels(scene, part, config.seed) if each.recordings), scene_world(scene).network)
-
-
-def _scene_features(config: Config, say: Callable[[str], None]) -> TimedData:
-    "Features of all sessions of a scene, simulated if the cache does not have them."
-    scene = config_scene(config)
-    network = scene_world(scene).network
-    count = sum(part_counts(scene, None).values())
-    key = features_digest(network, [scene, sorted(scene.sources.items()), config.seed])
-
-    def sessions() -> Iterator[Session]:
-        for part in PARTS:
-            yield from simulate_sessions(scene, part, config.seed)
-
-    return cached_features(config.cache, key, network, sessions, count, _counted(say, count))
 
 
 def _counted(say: Callable[[str], None], count: int) -> Callable[[int], None]:
@@ -272,6 +307,20 @@ def as_levels(
     "The levels of sessions, without delays and maps."
     return LevelData(**{field.name: getattr(data, field.name) for field in fields(LevelData)})
 
+# %% ../nbs/88_data.ipynb #a39ab679
+def share_features(
+    config: Config,  # catalog, store, dataset, cache
+    progress: Callable[[str], None] | None = None,  # called with a line now and then
+) -> dict[str, int | str]:  # sessions with features, shards, how many of them the store did not have, and the folder's key
+    "Compute the features of a dataset and put them into its store; `HeimdallError` where it has no recordings."
+    say = progress or (lambda line: None)
+    found = _of_catalog(config)
+    if found is None or found.store is None:
+        raise HeimdallError(f'dataset {config.dataset or ""} has levels alone: features are of recordings')
+    data = _features(config, found, say)
+    shards = shard_files(config.cache, found.key, found.total)
+    return {'sessions': len(data), 'shards': len(shards), 'sent': share_shards(found.store, found.key, shards), 'key': f'features/{found.key}'}
+
 # %% ../nbs/88_data.ipynb #752ba48d
 def scene_split(
     data: LevelData,  # all sessions of a scene
@@ -299,5 +348,6 @@ def graph_inputs(
             sessions += simulate_sessions(scene, part, config.seed, [int(number)])
     else:
         catalog = Catalog(config.catalog)
-        sessions = list(with_samples(catalog.sessions(config.dataset, ids), open_store(config.store), lambda line: None, True))
+        read = with_samples(catalog.sessions(config.dataset, ids), open_store(config.store), lambda line: None)
+        sessions = [fitting(session, (data.sample_rate, data.samples), lambda line: None) for session in read]
     return recording_inputs(sessions, data.network)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from heimdall_train.ingest import (
     table_rows,
 )
 from .network import HeimdallError, Network
-from .store import Recording, Session, Source, Store, ahead, decode_iq, encode_iq, explain_os_error, recording_key
+from .store import Recording, Session, Source, Store, ahead, decode_iq, encode_iq, explain_os_error, key_part, split_uri
 
 # %% ../nbs/21_ingest_recordings.ipynb #2c16aad8
 _IQ_TYPES = tuple(np.dtype(name) for name in ('complex64', 'complex128', 'int16'))
@@ -210,7 +211,7 @@ def _row(line: int, cells: dict[str, str], network: Network, located: bool = Tru
     receiver = cells.get('receiver') or Path(file).stem
     if receiver not in network.names:
         raise BadCell(f'network {network.name} has no receiver {quoted(receiver)}')
-    if not session_id or max(len(part) for part in recording_key(session_id, receiver).split('/')) > 255:
+    if not session_id or max(len(key_part(name)) for name in (session_id, receiver)) > 251:  # and a suffix
         raise BadCell('session_id is ' + ('too long' if session_id else 'missing'))
     source = known_source(cells['lat'], cells['lon']) if located and (cells['lat'] or cells['lon']) else None
     if source:
@@ -376,8 +377,9 @@ def _into_store(checked: _Checked, folder: Path, store: Store, held: Mapping[str
     if checked.session is None:
         return checked
     session, rejects, recordings = checked.session, list(checked.rejects), []
+    uris = store.recording_uris(session.id, [recording.receiver for recording in session.recordings], checked.samples)
     for recording in session.recordings:
-        row, uri = checked.rows[recording.receiver], store.uri(recording_key(session.id, recording.receiver))
+        row, uri = checked.rows[recording.receiver], uris[recording.receiver]
         if _other_samples(store, uri, row, folder):
             reason = f'the store already has other samples of session {quoted(session.id)}, receiver {recording.receiver}: give the session another id'
             rejects.append(FileReject(row.line, row.session_id, reason, row.file))
@@ -409,14 +411,18 @@ def _copied(kept: Sequence[_Checked], folder: Path, store: Store) -> Iterator[No
 
     def copy(checked: _Checked) -> None:
         assert checked.session is not None
-        for recording in checked.session.recordings:
-            row, key = checked.rows[recording.receiver], recording_key(checked.session.id, recording.receiver)
-            if not store.exists(key):
+        for place, recordings in groupby(checked.session.recordings, lambda recording: split_uri(recording.iq_uri or '')[0]):
+            if store.exists(store.key(place)):
+                continue
+            samples = {}
+            for recording in recordings:
+                row = checked.rows[recording.receiver]
                 iq, _ = _samples(row, folder)
                 if measure_level(iq, row.file) != recording.level_db:
                     raise HeimdallError(f'{folder / row.file} changed while it was read: ingest files that nobody writes to any more')
-                written.append(key)
-                store.write_recording(checked.session.id, recording.receiver, iq)
+                samples[recording.iq_uri or ''] = iq
+            written.append(store.key(place))
+            store.write_recordings(samples)
 
     try:
         deque(ahead(copy, kept, store.threads), maxlen=0)

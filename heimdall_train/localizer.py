@@ -28,9 +28,9 @@ from .ingest_recordings import FileReject, inspect_iq, read_iq, read_recordings
 from .locations import Location, ModelIdentity, RangeDifference
 from .metrics import COVERAGE_LEVELS
 from .network import HeimdallError, Network
-from .object_store import open_store, read_uri
+from .object_store import open_store
 from .registry import Registry, cache_bundle, model_cache
-from .store import Recording, Session, ahead, decode_iq, local_path, write_file
+from .store import Recording, Session, ahead, local_path, split_uri, write_file
 from .tracking import default_tracking_uri
 
 if TYPE_CHECKING:
@@ -442,7 +442,7 @@ def _with_samples(session: Session) -> Session:
 
 
 def _read_samples(uri: str) -> np.ndarray:
-    "Samples of a file or an object."
-    if urlsplit(uri).scheme == 's3':
-        return decode_iq(read_uri(uri, 'recording'), uri)
+    "Samples of a file, or of a recording in a store."
+    if split_uri(uri)[1] or urlsplit(uri).scheme == 's3':
+        return open_store(uri.rpartition('/')[0]).read_recording(uri)
     return read_iq(local_path(uri, 'recording'))

@@ -20,7 +20,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .network import HeimdallError
-from .store import Store, checked_key, explain_os_error, local_path
+from .store import Store, StoreUnreachable, checked_key, explain_os_error, local_path, split_uri
 
 # %% ../nbs/12_object_store.ipynb #1b7c4e25
 class S3Settings(BaseSettings):
@@ -86,6 +86,9 @@ _REASONS = {
 }
 
 
+_ABSENT = ('NoSuchKey', '404')  # what a server says of an object; anything else is about the server
+
+
 def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
     "A failed request in one line, with what to do next."
     from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
@@ -101,7 +104,8 @@ def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
     else:
         reason = 'the server stalls' if isinstance(error, ReadTimeoutError) else f'the connection fails ({type(error).__name__})'
     tried = f' (tried for {seconds:.0f} s)' if _may_pass(error) and not isinstance(error, _Damaged) else ''
-    return HeimdallError(f'{what}: {reason}{tried}')
+    about_object = isinstance(error, _Damaged) or (isinstance(error, ClientError) and _code(error) in _ABSENT)
+    return (HeimdallError if about_object else StoreUnreachable)(f'{what}: {reason}{tried}')
 
 # %% ../nbs/12_object_store.ipynb #35552c65
 PART = 2**24  # bytes, of an object that travels in one piece, and of the parts of a larger one
@@ -263,11 +267,11 @@ class S3Store(Store):
         "Key of a URI; `HeimdallError` where it lies outside this store."
         if not uri.startswith(f'{self.root}/'):
             raise HeimdallError(f'{uri} is not in the store {self.root}: open the store that holds it')
-        return checked_key(uri.removeprefix(f'{self.root}/'))
+        return checked_key(split_uri(uri)[0].removeprefix(f'{self.root}/'))
 
     def fingerprints(
         self,
-        uris: Iterable[str],  # as returned by `write_recording`
+        uris: Iterable[str],  # of recordings, or of what holds them
     ) -> dict[str, str]:  # by URI; changes with the content
         "The server's digest (ETag) of what is at each URI, by one listing of what they share; empty where there is nothing."
         names = {uri: self._name(self.key(uri)) for uri in uris}

@@ -138,7 +138,7 @@ def test_a_bad_file_costs_itself_only(campaign: Campaign, name: str, first: bool
     assert (reject.file, reject.session_id, reject.line) == (file, 's1', 5 if first else 7)
     assert words in reject.reason and reject.reason.isprintable() and len(reject.reason) < 200
     assert campaign.stored() == {'s0': NETWORK.names, 's1': [name for name in NETWORK.names if name not in file], 's2': NETWORK.names, 's3': NETWORK.names}
-    assert len(list(campaign.store.keys('sessions/'))) == 11
+    assert sum(len(np.load(campaign.folder / 'store' / key)) for key in campaign.store.keys('sessions/')) == 11
 
 
 BAD_ROWS = [
@@ -250,13 +250,13 @@ def test_a_folder_without_the_right_to_write():
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize('failing', ['write_recording', 'write', 'catalog'])
+@pytest.mark.parametrize('failing', ['write_recordings', 'write', 'catalog'])
 def test_a_failure_half_way_leaves_nothing(campaign: Campaign, monkeypatch: pytest.MonkeyPatch, failing: str):
     calls = []
 
     def fail(*arguments: object, **options: object) -> str:
         calls.append(arguments)
-        if failing == 'write_recording' and len(calls) < 8:
+        if failing == 'write_recordings' and len(calls) < 3:
             return original(*arguments, **options)
         raise HeimdallError('No space left on device')
     target = campaign.catalog if failing == 'catalog' else campaign.store
@@ -290,7 +290,7 @@ ingest_recordings.ingest_recordings(folder + '/in', Catalog(folder + '/catalog.d
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize('call', [1, 6, 13])
+@pytest.mark.parametrize('call', [1, 3, 5])
 def test_an_ingest_that_is_killed_can_be_repeated(campaign: Campaign, call: int):
     campaign.ingest()
     expected = list(campaign.catalog.sessions('drive'))

@@ -1,30 +1,37 @@
 """The same store on a disk and in a bucket; and a bucket behind a network that fails in every way we know of."""
 import hashlib
 import logging
+import os
 import secrets
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import botocore.auth
 import numpy as np
 import pytest
 from servers import ACCESS_KEY, SECRET_KEY
 
-from heimdall_train.config import make_config
-from heimdall_train.data import read_data, simulate
+from heimdall_train import dataset
+from heimdall_train.config import Config, make_config
+from heimdall_train.data import read_data, share_features, simulate
 from heimdall_train.dataset import TimedData, with_samples
 from heimdall_train.ingest import read_split_file
 from heimdall_train.network import HeimdallError
 from heimdall_train.object_store import PART, S3Settings, S3Store, open_store, read_uri
 from heimdall_train.recordings import simulate_sessions
 from heimdall_train.scene import load_scene
-from heimdall_train.store import Store
+from heimdall_train.store import Store, StoreUnreachable
 
 TONE = np.exp(2j * np.pi * 0.08 * np.arange(12_500)).astype(np.complex64)
 
@@ -79,20 +86,21 @@ def test_a_key_that_leaves_the_store_is_refused(store: Store, key: str):
 
 
 def test_recordings_come_back_and_a_change_shows(store: Store):
-    uris = [store.write_recording(f'night-{number}', 'Passo dei Giovi', number * TONE) for number in range(5)]
+    uris = [store.write_session(f'night-{number}', {'Passo dei Giovi': number * TONE})['Passo dei Giovi'] for number in range(5)]
     np.testing.assert_array_equal(store.read_recording(uris[3]), 3 * TONE)
     before = store.fingerprints([*uris, store.uri('sessions/none/none.npy')])
     assert len(set(before.values())) == 6 and before[store.uri('sessions/none/none.npy')] == ''
-    store.write_recording('night-2', 'Passo dei Giovi', -TONE)
+    store.write_session('night-2', {'Passo dei Giovi': -TONE})
     after = store.fingerprints(uris)
     assert [uri for uri in uris if after[uri] != before[uri]] == [uris[2]]
 
 
 def test_sessions_are_read_in_order_and_what_is_missing_is_reported(store: Store):
     simulated = list(simulate_sessions(load_scene('demo-v1'), 'test', numbers=range(20)))
-    kept = [replace(session, recordings=tuple(
-        replace(recording, iq=None, iq_uri=store.write_recording(session.id, recording.receiver, recording.iq)) for recording in session.recordings))
-        for session in simulated]
+    kept = []
+    for session in simulated:
+        uris = store.write_session(session.id, {each.receiver: each.iq for each in session.recordings})
+        kept.append(replace(session, recordings=tuple(replace(each, iq=None, iq_uri=uris[each.receiver]) for each in session.recordings)))
     lines: list[str] = []
     for read, session in zip(with_samples(kept, store, lines.append), simulated, strict=True):
         assert read.id == session.id
@@ -101,7 +109,7 @@ def test_sessions_are_read_in_order_and_what_is_missing_is_reported(store: Store
     assert not lines
     store.delete(store.key(kept[7].recordings[0].iq_uri))
     assert len(list(with_samples(kept, store, lines.append))) == 20
-    assert len(lines) == 1 and kept[7].id in lines[0]
+    assert len(lines) == len(kept[7].recordings) and all(kept[7].id in line for line in lines)
 
 
 @pytest.mark.s3
@@ -199,6 +207,8 @@ def failing_network(endpoint: str) -> Iterator[tuple[str, Faults]]:
                     self.send_header(name, value)
             self.send_header('Content-Length', answer.getheader('Content-Length') or str(len(content)))
             self.end_headers()
+            if fault == 'garble':
+                content = content[:-3] + b'   '  # of an XML document: its last tag is not closed
             if fault == 'flip':
                 content = content[:50] + bytes([content[50] ^ 1]) + content[51:]
             if fault in ('cut', 'stall'):
@@ -237,7 +247,7 @@ def network(s3: str) -> Iterator[tuple[str, Faults]]:
 def test_what_may_pass_is_tried_again(network: tuple[str, Faults], fault: str):
     endpoint, faults = network
     store = bucket(endpoint, timeout_s=1)
-    uri = store.write_recording('night', 'Torino', TONE)
+    uri = store.write_session('night', {'Torino': TONE})['Torino']
     faults.waiting[:], faults.done = [fault] * 2, Counter()
     np.testing.assert_array_equal(store.read_recording(uri), TONE)
     assert faults.done == {fault: 2, '': 1}
@@ -259,13 +269,117 @@ def test_a_storm_loses_nothing(network: tuple[str, Faults]):
 
 @pytest.mark.s3
 @pytest.mark.fault
+def test_a_listing_that_arrives_damaged_is_asked_for_again(network: tuple[str, Faults]):
+    endpoint, faults = network
+    store = bucket(endpoint)
+    store.write('a', b'1')
+    faults.waiting[:], faults.done = ['garble'] * 2, Counter()
+    assert list(store.keys()) == ['a'] and faults.done == {'garble': 2, '': 1}
+    faults.waiting[:] = ['garble'] * 100
+    fails(lambda: list(S3Store(store.root, settings(endpoint, deadline_s=1)).keys()), 'the server answers 500')  # which is what botocore makes of it
+    faults.waiting[:] = []
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+def test_a_clock_that_is_wrong_is_named(s3: str, monkeypatch: pytest.MonkeyPatch):
+    store = bucket(s3)
+    store.write('a', b'1')
+    now = botocore.auth.get_current_datetime
+    monkeypatch.setattr(botocore.auth, 'get_current_datetime', lambda: now() - timedelta(hours=1))
+    said = fails(lambda: store.read('a'), 'the clocks of this machine and the server differ by too much')
+    assert 'tried for' not in said
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+def test_a_store_that_does_not_answer_is_no_reason_to_leave_recordings_out(network: tuple[str, Faults]):
+    endpoint, faults = network
+    store = bucket(endpoint, deadline_s=1)
+    session, = simulate_sessions(load_scene('demo-v1'), 'test', numbers=[0])
+    uris = store.write_session(session.id, {each.receiver: each.iq for each in session.recordings})
+    kept = replace(session, recordings=tuple(replace(each, iq=None, iq_uri=uris[each.receiver]) for each in session.recordings))
+    lines: list[str] = []
+    faults.waiting[:] = ['503'] * 100
+    with pytest.raises(StoreUnreachable, match='the server answers'):
+        list(with_samples([kept], store, lines.append))
+    faults.waiting[:] = []
+    assert not lines
+    read, = with_samples([kept], store, lines.append)
+    assert len(read.recordings) == len(session.recordings) and not lines
+
+
+@pytest.mark.s3
+@pytest.mark.fault
 def test_patience_ends(network: tuple[str, Faults]):
     endpoint, faults = network
     store = bucket(endpoint)
-    uri = store.write_recording('night', 'Torino', TONE)
+    uri = store.write_session('night', {'Torino': TONE})['Torino']
     hasty = S3Store(store.root, settings(endpoint, deadline_s=1, timeout_s=1))
     for fault, words in (('503', 'the server answers'), ('trickle', 'the server stalls'), ('flip', 'not those that were written')):
         faults.waiting[:] = [fault] * 100
         fails(lambda: (store if fault == 'flip' else hasty).read_recording(uri), words)  # noqa: B023
         faults.waiting[:] = []
     fails(lambda: S3Store(store.root, settings('http://127.0.0.1:9', deadline_s=1)).read('a'), 'the server does not answer', 'tried for')
+
+
+# --- a process that is killed ---
+
+KILLED = """
+import os, signal, sys
+from heimdall_train import data, dataset, object_store
+from heimdall_train.config import make_config
+dataset.SHARD = 4
+place, name = (dataset, 'write_file') if sys.argv[1] == 'features' else (object_store.S3Store, 'write')
+calls, original = 0, getattr(place, name)
+def dying(*arguments):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+setattr(place, name, dying)
+config = make_config(catalog=sys.argv[3], store=sys.argv[4], cache=sys.argv[5])
+actions = {'simulate': lambda: data.simulate('demo-v1', config, 12), 'features': lambda: data.read_data(config), 'share': lambda: data.share_features(config)}
+actions[sys.argv[1]]()
+"""
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+def test_what_is_killed_goes_on_and_ends_with_the_same_bytes(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "Upload of recordings, making of a feature cache, upload of features: each is killed -9 half way, and repeated."
+    for name, value in (('ENDPOINT', s3), ('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY)):
+        monkeypatch.setenv(f'HEIMDALL_S3_{name}', value)
+    monkeypatch.setattr(dataset, 'SHARD', 4)
+
+    def kill(action: str, call: int, config: Config) -> None:
+        where = config.catalog, config.store, str(config.cache)
+        done = subprocess.run([sys.executable, '-c', KILLED, action, str(call), *where], capture_output=True, text=True, timeout=120, env=dict(os.environ))
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def of(name: str) -> Config:
+        return make_config(catalog=str(tmp_path / f'{name}.db'), store=bucket(s3).root, cache=tmp_path / name)
+
+    def content(store: Store, prefix: str) -> dict[str, str]:
+        return {key: hashlib.sha256(store.read(key)).hexdigest() for key in store.keys(prefix)}
+
+    undisturbed, disturbed = of('undisturbed'), of('disturbed')
+    stores = open_store(undisturbed.store), open_store(disturbed.store)
+    simulate('demo-v1', undisturbed, 12)
+    kill('simulate', 7, disturbed)
+    assert 0 < len(content(stores[1], 'sessions/')) < 12
+    simulate('demo-v1', disturbed, 12)
+    assert content(stores[0], 'sessions/') == content(stores[1], 'sessions/') != {}
+
+    kill('features', 3, disturbed)
+    assert len(list((tmp_path / 'disturbed').rglob('*.safetensors'))) == 2
+    assert read_data(disturbed).digest == read_data(undisturbed).digest
+    shards = [sorted((path.name, path.read_bytes()) for path in (tmp_path / name).rglob('*.safetensors')) for name in ('undisturbed', 'disturbed')]
+    assert len(shards[0]) == 3 and shards[0] == shards[1]
+
+    kill('share', 3, disturbed)  # four travel at a time
+    half = content(stores[1], 'features/')
+    assert len(half) < 3 and not any('manifest' in key for key in half)
+    assert share_features(disturbed)['sent'] == 3 - len(half) and share_features(undisturbed)['sent'] == 3
+    assert sorted(content(stores[0], 'features/').values()) == sorted(content(stores[1], 'features/').values())
