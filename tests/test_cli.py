@@ -29,6 +29,8 @@ from heimdall_train.metrics import evaluation_schema
 from heimdall_train.network import HeimdallError
 from heimdall_train.object_store import S3Store
 from heimdall_train.pipeline import Config, write_scene_table
+from heimdall_train.registry import register_bundle
+from heimdall_train.tracking import tracked_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_NOTEBOOK = ROOT / 'nbs' / 'runs' / 'train.ipynb'
@@ -203,7 +205,7 @@ def test_a_table_to_locate_needs_no_positions(chain: Chain, tmp_path: Path):
 
 
 def test_the_way_to_the_champion_and_back(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    "Two exports of a run: the gate, a forced promotion, the champion's answers, and back."
+    "Two versions of a model: the gate, a forced promotion, the champion's answers, and back."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     shutil.copytree(chain.run.parent, runs := tmp_path / 'runs', ignore=shutil.ignore_patterns('again', 'papermill'))
     registry = ['--tracking', f'sqlite:///{runs / "mlflow.db"}']
@@ -215,10 +217,14 @@ def test_the_way_to_the_champion_and_back(chain: Chain, tmp_path: Path, monkeypa
     fail('had no champion before', 'models', 'rollback', *registry)
     assert 'version 1 is the champion' in succeed('models', 'promote', *registry, '--force', 'one epoch, and nothing better yet').stderr
     fail('is the champion already', 'models', 'promote', 'challenger', *registry)
-    evaluation = pd.read_parquet(runs / 'first' / 'bundle' / 'evaluation.parquet')
+    worse = shutil.copytree(chain.bundle, tmp_path / 'worse')
+    evaluation = pd.read_parquet(worse / 'evaluation.parquet')
     evaluation['error_m'] *= 1.5
-    evaluation.to_parquet(runs / 'first' / 'evaluation.parquet', index=False)
-    succeed('export', '--model', runs / 'first', '--catalog', chain.catalog, *registry)
+    evaluation.to_parquet(worse / 'evaluation.parquet', index=False)
+    names = [line.partition('  ')[2] for line in (worse / 'SHA256SUMS').read_text().splitlines()]
+    (worse / 'SHA256SUMS').write_text(''.join(f'{hashlib.sha256((worse / name).read_bytes()).hexdigest()}  {name}\n' for name in names))
+    with tracked_run(registry[1], worse, run_id=first['run_id']) as run:
+        assert register_bundle(run, worse, {'levels': np.full((1, 8), -70, np.float32), 'heard': np.ones((1, 8), np.float32)}) == 2
     compared = json.loads(succeed('models', 'compare', '2', 'champion', *registry, '--json').stdout)
     checks = {check['name']: check['passed'] for check in compared['checks']}
     assert checks['test set'] and not checks['error'] and checks['size'] and not compared['passed']
