@@ -163,6 +163,7 @@ READERS = {  # of files other than .npy, by suffix: path, a time near the record
 }
 _NEEDED = ('session_id', 'started_at', 'frequency_hz', 'sample_rate', 'start_offset', 'clock_error_s', 'lat', 'lon', 'source', 'error_m', 'file')
 _OPTIONAL = ('receiver', 'duration_s')
+_OF_SOURCE = ('lat', 'lon', 'source', 'error_m')  # not needed, and not read, where the source is what is looked for
 _DAY = 86_400.0  # seconds
 
 
@@ -204,7 +205,7 @@ def _within_a_day(text: str, what: str) -> float:
     return number
 
 
-def _row(line: int, cells: dict[str, str], network: Network) -> _Row:
+def _row(line: int, cells: dict[str, str], network: Network, located: bool = True) -> _Row:
     "A row of the manifest; `BadCell` or `HeimdallError` says why it cannot be used."
     session_id, file, rate = cells['session_id'], cells['file'], _above_zero(cells['sample_rate'], 'sample_rate')
     if not file:
@@ -214,7 +215,7 @@ def _row(line: int, cells: dict[str, str], network: Network) -> _Row:
         raise BadCell(f'network {network.name} has no receiver {quoted(receiver)}')
     if not session_id or max(len(key_part(name)) for name in (session_id, receiver)) > 251:  # and a suffix
         raise BadCell('session_id is ' + ('too long' if session_id else 'missing'))
-    source = known_source(cells['lat'], cells['lon']) if cells['lat'] or cells['lon'] else None
+    source = known_source(cells['lat'], cells['lon']) if located and (cells['lat'] or cells['lon']) else None
     if source:
         error = parse_number(cells['error_m'], 'error_m') if cells['error_m'] else 0.0
         source = replace(source, name=cells['source'] or source.name, error_m=error)
@@ -228,10 +229,10 @@ def _row(line: int, cells: dict[str, str], network: Network) -> _Row:
     return _Row(line, file, session.id, session.started_at, frequency, source, recording, duration)
 
 # %% ../nbs/21_ingest_recordings.ipynb #6eec441f
-def _manifest_rows(content: bytes, network: Network, where: str) -> tuple[list[_Row], list[FileReject]]:
+def _manifest_rows(content: bytes, network: Network, where: str, located: bool = True) -> tuple[list[_Row], list[FileReject]]:
     "Usable rows of a manifest and the others, in its order; `HeimdallError` for a fault of the whole file."
     lines = table_rows(content, where)
-    columns = _columns(next(lines, (1, []))[1], where)
+    columns = _columns(next(lines, (1, []))[1], where, located)
     rows: list[_Row] = []
     rejects: list[FileReject] = []
     first: dict[str, _Row] = {}
@@ -241,7 +242,7 @@ def _manifest_rows(content: bytes, network: Network, where: str) -> tuple[list[_
         try:
             if len(texts) != len(columns):
                 raise BadCell(f'{len(texts)} cells where the header has {len(columns)} columns')
-            row = _row(line, cells, network)
+            row = _row(line, cells, network, located)
             other, key = first.setdefault(row.session_id, row), (row.session_id, row.recording.receiver)
             if difference := row.differs(other):
                 raise BadCell(f'session {quoted(row.session_id)} has another {difference} on line {other.line}')
@@ -256,12 +257,13 @@ def _manifest_rows(content: bytes, network: Network, where: str) -> tuple[list[_
     return rows, rejects
 
 
-def _columns(cells: list[str], where: str) -> list[str]:
+def _columns(cells: list[str], where: str, located: bool) -> list[str]:
     "The header's columns; `HeimdallError` where one is missing, unknown or there twice."
     names = [cell.strip() for cell in cells]
-    missing = [name for name in _NEEDED if name not in names]
+    needed = _NEEDED if located else tuple(name for name in _NEEDED if name not in _OF_SOURCE)
+    missing = [name for name in needed if name not in names]
     if missing:
-        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: expected {",".join(_NEEDED)}')
+        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: expected {",".join(needed)}')
     for place, name in enumerate(names):
         if name not in _NEEDED + _OPTIONAL or name in names[:place]:
             raise HeimdallError(f'{where}: column {place + 1}, {quoted(name)}, is {"there twice" if name in names[:place] else "unknown"}: mend the header')
@@ -374,11 +376,12 @@ def _manifest(path: str | Path) -> Path:
 def read_recordings(
     path: str | Path,  # of the manifest, or of the folder that has it as recordings.csv
     network: Network | None = None,  # None: from receivers.csv beside the manifest
+    located: bool = True,  # False: lat, lon, source and error_m may be missing, and are not read
 ) -> tuple[Network, list[Session], list[FileReject]]:  # sessions of usable recordings, and recordings set aside, in the manifest's order
     "Network, sessions and rejects of a folder of recordings; `HeimdallError` for a fault of the whole manifest."
     path = _manifest(path)
     content, network = read_table(path, network)
-    rows, rejects = _manifest_rows(content, network, str(path))
+    rows, rejects = _manifest_rows(content, network, str(path), located)
     sessions: list[Session] = []
     for checked in _check_sessions(rows, path.parent, network):
         rejects += checked.rejects

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -25,11 +25,14 @@ from .data import as_levels, config_scene, graph_inputs, ingest, read_data, scen
 from .dataset import MINIMUM_TIMED, Split, TimedData, block_folds, make_split
 from .features import LevelData, drift, level_statistics
 from .geodesy import hdop
-from .ingest import check_share, read_levels_to_locate, read_split_file
+from .ingest import read_split_file
+from .localizer import Localizer
+from .locations import Location
 from .metrics import COVERAGE_LEVELS, Evaluation, PositionMetrics, evaluate_positions, mahalanobis_squared
-from .network import HeimdallError, Network
+from .network import HeimdallError
 from .scores import uncertainty_scores
-from .store import Session, local_path, write_file
+from .store import write_file
+from .tracking import default_tracking_uri
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +63,7 @@ def _train(config: Config, say: Callable[[str], None], callbacks: Sequence['Call
     from heimdall_train.checkpoints import load_latest
     from heimdall_train.distributed import leads, wait_for_all
     from heimdall_train.model_files import save_model
-    from heimdall_train.tracking import default_tracking_uri, tracked_run
+    from heimdall_train.tracking import tracked_run
 
     config = _as_begun(config) if config.resume else config
     data = read_data(config, say)
@@ -564,7 +567,7 @@ def _worst_maps(test: TimedData, table: 'pd.DataFrame') -> bytes:
 
 def _track_evaluation(config, folder, metrics, evaluation, mark, say) -> None:
     "Log the evaluation to the run that trained the model."
-    from heimdall_train.tracking import default_tracking_uri, tracked_run
+    from heimdall_train.tracking import tracked_run
 
     with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
         prefix = 'test' if not mark else f'test{mark}'
@@ -583,7 +586,8 @@ def export(
     from heimdall_train.export import describe, described, export_onnx
     from heimdall_train.model_files import load_model
     from heimdall_train.quantisation import judge, quantise
-    from heimdall_train.tracking import default_tracking_uri, tracked_run
+    from heimdall_train.registry import register_bundle
+    from heimdall_train.tracking import tracked_run
     from heimdall_train.verification import verify_graph
 
     say = progress or (lambda line: None)
@@ -620,8 +624,7 @@ def export(
         f'{judgement["int8_mean_m"]:.1f} m with 8 bits{"" if judgement["kept"] else ": left out"}'
     )
     with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
-        run.log_artifact(bundle, 'bundle')
-        version = run.register(bundle / 'model.onnx', {name: values[:1] for name, values in inputs.items()})
+        version = register_bundle(run, bundle, {name: values[:1] for name, values in inputs.items()})
     if config.scene is None:
         Catalog(config.catalog).add_model(
             'localization_model',
@@ -644,155 +647,15 @@ def _area(data: LevelData) -> dict[str, float]:
 
 # %% ../nbs/90_pipeline.ipynb #68717ecd
 def predict(
-    table: str | Path,  # level table, or manifest of recordings for a model that takes them; positions may be missing
-    config: Config,  # model: a run folder or a bundle
-) -> tuple[list[dict], list]:  # an answer a session, and the rows that were set aside
-    "Locate the sessions of a table with a run's model or a bundle's graph."
-    from heimdall_train.export import level_inputs
-
-    located = _located(config.model_path)
-    network, known = located.network, located.known
-    if located.samples is None:
-        sessions, rejects = read_levels_to_locate(table, network, config.allow_rejects)
-        levels = np.full((len(sessions), len(network)), np.nan, dtype=np.float32)
-        for row, session in enumerate(sessions):
-            for recording in session.recordings:
-                levels[row, network.names.index(recording.receiver)] = recording.level_db
-        batches = iter([level_inputs(levels[start : start + 64]) for start in range(0, len(levels), 64)])
-    else:
-        sessions, rejects = _recordings_to_locate(table, located, config.allow_rejects)
-        batches = (_recorded_inputs(sessions[start : start + 16], network) for start in range(0, len(sessions), 16))
-    answers: list[dict] = []
-    for inputs in batches:
-        answer = located.answer(inputs)
-        position, covariance, slipped = answer['position'], answer['covariance'], _slipped(answer, network)
-        heard = (inputs['heard'] > 0) & known
-        timed = heard & ~np.isnan(inputs['clock_error']) if 'clock_error' in inputs else heard
-        for row in range(len(position)):
-            answers.append(
-                {
-                    'session_id': sessions[len(answers)].id,
-                    'latitude': float(position[row, 0]),
-                    'longitude': float(position[row, 1]),
-                    'sigma_east_m': float(covariance[row, 0, 0] ** 0.5),
-                    'sigma_north_m': float(covariance[row, 1, 1] ** 0.5),
-                    'covariance_east_north_m2': float(covariance[row, 0, 1]),
-                    'heard': int(heard[row].sum()),
-                    'note': _note(int(heard[row].sum()), int(timed[row].sum())) or slipped[row],
-                }
-            )
-    return answers, rejects
-
-
-def _note(heard: int, timed: int) -> str:
-    "What a reader should know about an answer; nothing where all is well."
-    if heard < 3:
-        return f'heard by {heard} receivers that the model knows; three are needed for a position worth the name'
-    if timed < MINIMUM_TIMED:
-        return f'{timed} receivers with a disciplined clock; three are needed for time differences: located by levels'
-    return ''
-
-
-def _slipped(answer: dict[str, np.ndarray], network: Network) -> list[str]:
-    "What to say of each session about the receiver whose clock the others do not believe; nothing where there is none."
-    import torch
-
-    from heimdall_train.disagreement import Disagreement, suspect
-
-    if 'late' not in answer:
-        return [''] * len(answer['position'])
-    late, deviation = answer['late'], answer['late_sigma']
-    notes = []
-    for row, place in enumerate(suspect(Disagreement(torch.from_numpy(late), torch.from_numpy(deviation))).tolist()):
-        size, sigma = 1e6 * late[row, place], 1e6 * deviation[row, place]
-        named = f'{network.names[place]} is {abs(size):.2f} ± {sigma:.2f} µs {"late" if size > 0 else "early"} by the fix of the others: is its clock right?'
-        notes.append(named if place >= 0 else '')
-    return notes
-
-
-def _recordings_to_locate(table: str | Path, located: '_Located', allow_rejects: bool) -> tuple[list[Session], list]:
-    "Sessions of a manifest that fit the model; their samples stay on the disk. `HeimdallError` where more than a fifth is set aside."
-    from heimdall_train.ingest_recordings import FileReject, inspect_iq, read_recordings
-
-    try:
-        _, sessions, rejects = read_recordings(table, located.network)
-    except HeimdallError as error:
-        raise HeimdallError(f'this model takes recordings, with a manifest: {error}') from error
-    fitting, rejects = [], list(rejects)
-    for session in sessions:
-        kept = []
-        for recording in session.recordings:
-            samples = inspect_iq(local_path(recording.iq_uri or '', 'recording')).samples if recording.iq is None else len(recording.iq)
-            if (recording.sample_rate, samples) == (located.sample_rate, located.samples):
-                kept.append(recording)
-            else:
-                reason = f'{samples} samples at {recording.sample_rate:g} Hz; the model takes {located.samples} at {located.sample_rate:g} Hz'
-                rejects.append(FileReject(0, session.id, reason, recording.iq_uri or ''))
-        if kept:
-            fitting.append(replace(session, recordings=tuple(kept)))
-    kept_count = sum(len(session.recordings) for session in fitting)
-    check_share(Path(table), kept_count, rejects, allow_rejects)
-    return fitting, rejects
-
-
-def _recorded_inputs(sessions: list[Session], network: Network) -> dict[str, np.ndarray]:
-    "Sessions with samples on the disk, as the graph takes them."
-    from heimdall_train.export import recording_inputs
-    from heimdall_train.ingest_recordings import read_iq
-
-    loaded = [
-        replace(
-            session,
-            recordings=tuple(each if each.iq is not None else replace(each, iq=read_iq(local_path(each.iq_uri or '', 'recording')))
-                             for each in session.recordings),
-        )
-        for session in sessions
-    ]
-    return recording_inputs(loaded, network)
-
-# %% ../nbs/90_pipeline.ipynb #0bd95483
-class _Located(NamedTuple):
-    "What answers, and for which receivers and recordings."
-
-    network: Network
-    known: np.ndarray  # receivers that count, bool, shape (R,)
-    sample_rate: float | None  # of the recordings; None for levels
-    samples: int | None
-    answer: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # inputs of the graph → its outputs, by name
-
-
-def _located(path: Path) -> _Located:
-    "What a run folder or a bundle answers with; `HeimdallError` where the path is neither."
-    if (path / 'model.safetensors').exists():
-        import torch
-
-        from heimdall_train.export import hand_over
-        from heimdall_train.model_files import load_model
-
-        model = load_model(path / 'model.safetensors')
-        module = hand_over(model)
-
-        def by_torch(inputs):
-            with torch.inference_mode():
-                outputs = module(**{name: torch.from_numpy(values) for name, values in inputs.items()})
-            return {name: values.numpy() for name, values in zip(module.outputs, outputs, strict=True)}
-
-        rate, samples = getattr(model, 'sample_rate', None), getattr(model, 'samples', None)
-        return _Located(model.network, model.known.numpy() > 0, rate, samples, by_torch)
-    if (path / 'model.json').exists():
-        from heimdall_train.bundle import check_bundle
-        from heimdall_train.export import onnx_session
-
-        check_bundle(path)
-        description = json.loads((path / 'model.json').read_text())
-        known = np.array([receiver.pop('known') for receiver in description['receivers']])
-        network = Network.from_dict(
-            {'name': str(path), 'source_height': description['source_height'], 'receivers': description['receivers']}
-        )
-        session = onnx_session(path / 'model.onnx')
-        rate, samples, outputs = description.get('sample_rate'), description.get('samples'), description['outputs']
-        return _Located(network, known, rate, samples, lambda inputs: dict(zip(outputs, session.run(outputs, inputs), strict=True)))
-    raise HeimdallError(f'{path}: neither a run folder with model.safetensors nor a bundle with model.json: train first, or give --model')
+    tables: str | Path | Sequence[str | Path],  # level tables, manifests of recordings, folders with one of them, or s3://…; positions may be missing
+    config: Config,  # model: a run folder, a bundle or its URI; tracking for models:/…; allow_rejects
+    fuse: bool = False,  # whether all sessions are of one transmitter that stood still: one answer
+    differences: bool = False,  # whether to keep the measured range differences, for hyperbolae
+) -> tuple[list[Location], list]:  # a location a session, and the rows that were set aside
+    "Locate the sessions of tables; `Localizer` is what answers."
+    localizer = Localizer(config.model or config.out, config.tracking or default_tracking_uri(config.out))
+    sessions, rejects = localizer.read([tables] if isinstance(tables, str | Path) else tables, config.allow_rejects)
+    return [localizer.fuse(sessions, differences)] if fuse else localizer.locate(sessions, differences), rejects
 
 # %% ../nbs/90_pipeline.ipynb #f53a064b
 def demo(

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jsonschema
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import typer
@@ -22,6 +24,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 from safetensors.numpy import load_file
+from servers import ACCESS_KEY, SECRET_KEY
 from typer.testing import CliRunner
 
 from heimdall_train.bundle import model_schema, read_sample
@@ -32,7 +35,10 @@ from heimdall_train.data import watch
 from heimdall_train.ingest import IngestReport
 from heimdall_train.metrics import clopper_pearson, evaluation_schema
 from heimdall_train.network import HeimdallError
+from heimdall_train.object_store import S3Store
 from heimdall_train.pipeline import Config, write_scene_table
+from heimdall_train.registry import register_bundle
+from heimdall_train.tracking import tracked_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_NOTEBOOK = ROOT / 'nbs' / 'runs' / 'train.ipynb'
@@ -52,9 +58,13 @@ OPTIONS = {
     'publish': ['--debug', '--json', '--to'],
     'sign': ['--debug', '--json', '--key'],
     'verify': ['--debug', '--json', '--key'],
-    'predict': ['--allow-rejects', '--debug', '--json', '--model', '--out'],
     'serve': ['--debug', '--host', '--port'],
     'report': ['--debug', '--json', '--out'],
+    'models compare': ['--debug', '--json', '--tracking'],
+    'models list': ['--debug', '--json', '--tracking'],
+    'models promote': ['--debug', '--force', '--json', '--tracking'],
+    'models rollback': ['--debug', '--json', '--tracking'],
+    'predict': ['--allow-rejects', '--debug', '--format', '--fuse', '--json', '--model', '--out', '--tracking'],
     'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
     'sweep': ['--debug', '--json', '--out', '--tracking'],
     'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--resume',
@@ -85,7 +95,8 @@ def test_fields_are_frozen():
 
 def test_options_are_fields():
     options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
-    assert options - {'json', 'debug', 'sessions', 'network', 'host', 'port', 'celery', 'key', 'to'} <= set(FIELDS)
+    own = {'json', 'debug', 'sessions', 'network', 'host', 'port', 'celery', 'key', 'to', 'format', 'fuse', 'force'}  # of a command, not of a run
+    assert options - own <= set(FIELDS)
 
 
 def call(*arguments: object):
@@ -326,12 +337,109 @@ def test_predict_the_same_from_run_and_bundle(chain: Chain, tmp_path: Path):
     assert list(csv.DictReader((tmp_path / 'answers.csv').read_text().splitlines())) == rows
 
 
+def test_formats_of_predict(chain: Chain, tmp_path: Path):
+    "The same fixes for a table, a map and a globe; the ending of the file or --format says which."
+    rows = json.loads(succeed('predict', chain.table, '--model', chain.bundle, '--json', '--out', tmp_path / 'fixes.geojson').stdout)
+    features = json.loads((tmp_path / 'fixes.geojson').read_text())['features']
+    points = [feature for feature in features if feature['geometry']['type'] == 'Point']
+    assert [point['geometry']['coordinates'] for point in points] == [pytest.approx([row['longitude'], row['latitude']], abs=1e-8) for row in rows]
+    assert points[3]['properties'] == {**rows[3], 'shape': 'position'} and len(features) == 3 * len(rows)
+    shown = ElementTree.fromstring(succeed('predict', chain.table, '--model', chain.bundle, '--format', 'kml').stdout)
+    assert len(shown.findall('.//{*}Polygon')) == 2 * len(rows) and not shown.findall('.//{*}LineString')  # levels have no hyperbolae
+    network = json.loads((chain.bundle / 'model.json').read_text())['receivers']
+    heard = {row['session_id']: row['receivers'] for row in rows}
+    with open(chain.table, newline='') as file:
+        assert all(heard[row['session_id']] == [each['name'] for each in network if row[each['name']]] for row in csv.DictReader(file))
+    digest = hashlib.sha256((chain.bundle / 'model.onnx').read_bytes()).hexdigest()
+    assert {(row['model_name'], row['model_version'], row['model_sha256']) for row in rows} == {(str(chain.bundle), None, digest)}
+    fail("'txt' is not a format of locations: choose csv, geojson, kml", 'predict', chain.table, '--model', chain.bundle, '--out', tmp_path / 'fixes.txt')
+    fail('--json and --format both', 'predict', chain.table, '--model', chain.bundle, '--json', '--format', 'csv')
+    fail('not of one transmitter in one place', 'predict', chain.table, '--model', chain.bundle, '--fuse')
+    fail('is in another table too', 'predict', chain.table, chain.table, '--model', chain.bundle)
+
+
 def test_a_table_to_locate_needs_no_positions(chain: Chain, tmp_path: Path):
     with open(chain.table, newline='') as file:
         rows = list(csv.reader(file))[:5]
     (tmp_path / 'unknown.csv').write_text('\n'.join(','.join(row[:2] + row[4:]) for row in rows))
     located = json.loads(succeed('predict', tmp_path / 'unknown.csv', '--model', chain.bundle, '--json').stdout)
     assert [answer['session_id'] for answer in located] == [row[0] for row in rows[1:]]
+
+
+def test_the_way_to_the_champion_and_back(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "Two versions of a model: the gate, a forced promotion, the champion's answers, and back."
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    shutil.copytree(chain.run.parent, runs := tmp_path / 'runs', ignore=shutil.ignore_patterns('again', 'papermill'))
+    registry = ['--tracking', f'sqlite:///{runs / "mlflow.db"}']
+    first, = json.loads(succeed('models', 'list', *registry, '--json').stdout)
+    assert (first['version'], first['aliases'], first['promoted_at'], first['forced']) == (1, ['challenger'], None, None)
+    assert first['mean_m'] == pytest.approx(json.loads(chain.evaluated.stdout)['model']['mean_m'])
+    assert first['model_sha256'] == hashlib.sha256((chain.bundle / 'model.onnx').read_bytes()).hexdigest()
+    fail('has no version champion', 'predict', chain.table, '--model', 'models:/localization_model@champion', *registry)
+    fail('had no champion before', 'models', 'rollback', *registry)
+    assert 'version 1 is the champion' in succeed('models', 'promote', *registry, '--force', 'one epoch, and nothing better yet').stderr
+    fail('is the champion already', 'models', 'promote', 'challenger', *registry)
+    worse = shutil.copytree(chain.bundle, tmp_path / 'worse')
+    evaluation = pd.read_parquet(worse / 'evaluation.parquet')
+    evaluation['error_m'] *= 1.5
+    evaluation.to_parquet(worse / 'evaluation.parquet', index=False)
+    names = [line.partition('  ')[2] for line in (worse / 'SHA256SUMS').read_text().splitlines()]
+    (worse / 'SHA256SUMS').write_text(''.join(f'{hashlib.sha256((worse / name).read_bytes()).hexdigest()}  {name}\n' for name in names))
+    with tracked_run(registry[1], worse, run_id=first['run_id']) as run:
+        assert register_bundle(run, worse, {'levels': np.full((1, 8), -70, np.float32), 'heard': np.ones((1, 8), np.float32)}) == 2
+    compared = json.loads(succeed('models', 'compare', '2', 'champion', *registry, '--json').stdout)
+    checks = {check['name']: check['passed'] for check in compared['checks']}
+    assert checks['test set'] and not checks['error'] and checks['size'] and not compared['passed']
+    assert compared['difference_m'] == pytest.approx(evaluation['error_m'].mean() / 3) and 0 < compared['interval_m'][0] < compared['difference_m']
+    assert 'error: mean' in fail('does not pass the gate', 'models', 'promote', '2', *registry)
+    succeed('models', 'promote', '2', *registry, '--force', 'a demonstration')
+    listed = json.loads(succeed('models', 'list', *registry, '--json').stdout)
+    assert (listed[0]['version'], listed[0]['forced'], listed[0]['aliases']) == (2, 'a demonstration', ['challenger', 'champion'])
+    assert 'forced: a demonstration' in succeed('models', 'list', *registry).stdout
+    assert 'version 1 is the champion again' in succeed('models', 'rollback', *registry).stdout
+    champion = json.loads(succeed('predict', chain.table, '--model', 'models:/localization_model@champion', *registry, '--json').stdout)
+    by_bundle = json.loads(succeed('predict', chain.table, '--model', chain.bundle, '--json').stdout)
+    assert {(row.pop('model_name'), row.pop('model_version')) for row in champion} == {('localization_model', '1')}
+    assert champion == [{name: value for name, value in row.items() if name not in ('model_name', 'model_version')} for row in by_bundle]
+
+
+def test_a_registered_model_has_its_signature_and_an_example(chain: Chain):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=f'sqlite:///{chain.run.parent / "mlflow.db"}')
+    version = client.get_model_version('localization_model', '1')
+    folder = Path(client.download_artifacts(version.run_id, version.tags['bundle'], str(chain.folder)))
+    assert (folder / 'SHA256SUMS').read_bytes() == (chain.bundle / 'SHA256SUMS').read_bytes()
+    described, = (path.parent for path in (chain.run.parent / 'mlartifacts').rglob('MLmodel') if version.source.rpartition('/')[2] in path.parts)
+    model, sample = mlflow.models.Model.load(str(described)), json.loads((chain.bundle / 'sample.json').read_text())
+    assert set(model.signature.inputs.input_names()) == {'levels', 'heard'} and {'position', 'covariance'} <= set(model.signature.outputs.input_names())
+    np.testing.assert_allclose(model.load_input_example(str(described))['levels'], sample['levels'], rtol=1e-6)
+    answer = mlflow.pyfunc.load_model(str(described)).predict(model.load_input_example(str(described)))
+    np.testing.assert_allclose(answer['position'], sample['position'], rtol=0, atol=1e-6)
+
+
+@pytest.mark.s3
+def test_a_bundle_and_a_table_in_a_bucket(chain: Chain, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "Fetched once, checked against its digests, and refused where a file was altered."
+    for name, value in (('ENDPOINT', s3), ('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY)):
+        monkeypatch.setenv(f'HEIMDALL_S3_{name}', value)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    store = S3Store('s3://heimdall-models/localization/v7')
+    with suppress(store.client.exceptions.BucketAlreadyOwnedByYou, store.client.exceptions.BucketAlreadyExists):
+        store.client.create_bucket(Bucket=store.bucket)
+    for path in chain.bundle.iterdir():
+        store.write(path.name, path.read_bytes())
+    S3Store('s3://heimdall-models/monday').write('levels.csv', chain.table.read_bytes())
+    by_bundle = succeed('predict', chain.table, '--model', chain.bundle).stdout.replace(f',{chain.bundle},,', ',s3://heimdall-models/localization/v7,7,')
+    asked = ['--model', 's3://heimdall-models/localization/v7']
+    assert succeed('predict', 's3://heimdall-models/monday/levels.csv', *asked).stdout == by_bundle
+    assert succeed('predict', 's3://heimdall-models/monday', *asked).stdout == by_bundle
+    store.write('model.onnx', (chain.bundle / 'model.onnx').read_bytes().replace(b'e', b'f', 1))
+    assert succeed('predict', chain.table, *asked).stdout == by_bundle  # of the cache, which is whole
+    shutil.rmtree(tmp_path / 'cache')
+    fail('model.onnx of the bundle is not what its SHA256SUMS says', 'predict', chain.table, *asked)
+    fail('there is no such object', 'predict', chain.table, '--model', 's3://heimdall-models/localization/v8')
+    fail('there is no such object', 'predict', 's3://heimdall-models/tuesday/levels.csv', '--model', chain.bundle)
 
 
 def test_the_same_seed_gives_the_same_model(chain: Chain):

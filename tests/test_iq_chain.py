@@ -1,19 +1,24 @@
 """Recordings from end to end on a tiny scene: commands, graph, cache, and what damaged recordings do."""
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jsonschema
 import numpy as np
+import pyproj
 import pytest
 import yaml
+from servers import ACCESS_KEY, SECRET_KEY
 from typer.testing import CliRunner
 
 from heimdall_train.bounds import scene_bound
@@ -23,13 +28,17 @@ from heimdall_train.cli import app
 from heimdall_train.config import make_config
 from heimdall_train.data import graph_inputs, ingest_samples, read_data, scene_split, simulate
 from heimdall_train.dataset import TimedData, cached_features
-from heimdall_train.export import OUTPUTS, described, hand_over, onnx_session
+from heimdall_train.export import OUTPUTS, described, hand_over, onnx_session, recording_inputs
+from heimdall_train.fusion import fuse_sources
+from heimdall_train.localizer import Localizer
 from heimdall_train.metrics import evaluation_schema
 from heimdall_train.model_files import load_model
-from heimdall_train.network import HeimdallError
+from heimdall_train.network import HeimdallError, Receiver
+from heimdall_train.object_store import S3Store
 from heimdall_train.recordings import simulate_sessions
 from heimdall_train.scene import load_scene, scene_world
-from heimdall_train.store import encode_iq, write_file
+from heimdall_train.store import Session, encode_iq, write_file
+from heimdall_train.timed_model import TimedNet
 from heimdall_train.verification import spoilt_recordings, verify_graph
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,6 +244,105 @@ def test_what_is_odd_about_the_clocks_is_said(chain: Chain, tmp_path: Path):
         notes = [answer['note'] for answer in json.loads(succeed('predict', manifest, '--model', model, '--json').stdout)]
         assert notes[0] == '' and notes[1].startswith('2 receiver')
         assert notes[2].startswith('Montanaro is ') and 'late' in notes[2]
+
+
+def test_five_lines_locate_what_is_in_memory(chain: Chain, tmp_path: Path):
+    "Like the same recordings in files, in a manifest that knows nothing of positions; each fix says from what it follows."
+    localizer = Localizer(chain.bundle)
+    sessions = list(simulate_sessions(load_scene(chain.scene), 'test', numbers=range(3)))
+    fixes = localizer.locate(sessions)
+    manifest = write_manifest(tmp_path / 'field', chain.scene, range(3))
+    unplaced = ('lat', 'lon', 'source', 'error_m')
+    write_rows(manifest, [{name: value for name, value in row.items() if name not in unplaced} for row in csv.DictReader(manifest.read_text().splitlines())])
+    assert [fix.row() for fix in localizer.locate(localizer.read([manifest])[0])] == [fix.row() for fix in fixes]
+    assert [fix.started_at for fix in fixes] == [session.started_at for session in sessions]
+    assert [set(fix.receivers) for fix in fixes] == [{recording.receiver for recording in session.recordings} for session in sessions]
+    stored = sorted(Catalog(chain.config.catalog).sessions(ids=[session.id for session in sessions]), key=lambda session: session.id)
+    assert [fix.row() for fix in localizer.locate(stored)] == [fix.row() for fix in fixes]
+    inputs = recording_inputs(sessions, localizer.answerer.network)
+    fed = b''.join(inputs[name][1].tobytes() for name in json.loads((chain.bundle / 'model.json').read_text())['inputs'])
+    assert fixes[1].inputs_sha256 == hashlib.sha256(fed).hexdigest()
+
+    def spoilt(**change: object) -> list[Session]:
+        first, *rest = sessions[0].recordings
+        return [replace(sessions[0], recordings=(replace(first, **change), *rest))]
+    for change, words in (({'sample_rate': 8000.0}, '12500 samples at 8000 Hz; the model takes 12500 at 12500 Hz'),
+                          ({'iq': np.ones(100, np.complex64)}, '100 samples at 12500 Hz; the model takes 12500 at 12500 Hz'),
+                          ({'receiver': 'attic'}, 'receiver attic is not one of the model'), ({'iq': None}, 'no samples, and the model takes recordings')):
+        with pytest.raises(HeimdallError, match=words) as refused:
+            localizer.locate(spoilt(**change))
+        assert 'session test-00000, receiver' in str(refused.value) and '\n' not in str(refused.value)
+
+
+def test_hyperbolae_have_the_measured_range_difference(chain: Chain, tmp_path: Path):
+    "In the KML file, by another library's coordinates; and the differences are those of the places, but for the detours."
+    scene = load_scene(chain.scene)
+    manifest = write_manifest(tmp_path / 'field', chain.scene, range(3))
+    succeed('predict', manifest, '--model', chain.bundle, '--out', tmp_path / 'fixes.kml')
+    localizer = Localizer(chain.bundle)
+    sessions = list(simulate_sessions(scene, 'test', numbers=range(3)))
+    fixes = localizer.locate(sessions, differences=True)
+    drawn = [folder for folder in ElementTree.parse(tmp_path / 'fixes.kml').iterfind('.//{*}Folder')]
+    to_ecef = pyproj.Transformer.from_crs('EPSG:4979', 'EPSG:4978', always_xy=True)
+
+    def distance(longitude: np.ndarray, latitude: np.ndarray, height: float, receiver: Receiver) -> np.ndarray:
+        there = np.stack(to_ecef.transform(longitude, latitude, np.full_like(longitude, height)), axis=-1)
+        return np.linalg.norm(there - np.array(to_ecef.transform(receiver.longitude, receiver.latitude, receiver.altitude)), axis=-1)
+    detours = []
+    for folder, fix, session in zip(drawn, fixes, sessions, strict=True):
+        lines = [np.array([[float(value) for value in point.split(',')] for point in (line.findtext('{*}coordinates') or '').split()])
+                 for line in folder.iterfind('.//{*}LineString')]
+        measured = [difference for difference, _ in fix.hyperbolae()]
+        assert len(lines) == len(measured) > 3 and len(folder.findall('.//{*}Polygon')) == 2
+        for line, (receiver, reference, metres) in zip(lines, measured, strict=True):
+            assert np.abs(distance(*line.T, fix.height, receiver) - distance(*line.T, fix.height, reference) - metres).max() < 1
+            assert session.source is not None
+            place = np.array([session.source.longitude]), np.array([session.source.latitude]), fix.height
+            detours.append(metres - float(distance(*place, receiver)[0] - distance(*place, reference)[0]))
+    assert np.median(np.abs(detours)) < 400 and np.abs(detours).max() < 3000  # the scene's mean detour is 200 m
+
+
+def test_recordings_of_one_transmitter_are_fused(chain: Chain, tmp_path: Path):
+    "As `fuse_sources` does it; a bundle does not know what persists, and is no surer than one recording; two transmitters are refused."
+    scene = load_scene(chain.scene)
+    sessions = [replace(next(iter(simulate_sessions(scene, 'test', numbers=[5], repeat=repeat))), id=f'call-{repeat}') for repeat in range(3)]
+    by_run, by_bundle = Localizer(chain.run), Localizer(chain.bundle)
+    fused, careful, alone = by_run.fuse(sessions), by_bundle.fuse(sessions), by_run.locate(sessions)
+    model = load_model(chain.run / 'model.safetensors')
+    assert isinstance(model, TimedNet)
+    data = cached_features(tmp_path, 'three', model.network, lambda rows: iter(sessions), 3)
+    expected = fuse_sources(model, data)
+    np.testing.assert_allclose(fused.position, expected.positions[0], atol=0.1)
+    np.testing.assert_allclose(fused.covariance, expected.covariances[0], rtol=0.01)
+    sizes = [np.sqrt(np.linalg.det(fix.covariance)) for fix in (fused, careful, *alone)]
+    independent = np.sqrt(np.linalg.det(np.linalg.inv(sum(np.linalg.inv(fix.covariance) for fix in alone))))
+    assert independent < sizes[0] < sizes[1] and sizes[1] > 0.8 * min(sizes[2:])
+    assert fused.session_id == 'call-0+call-1+call-2' and fused.note == 'fused from 3 recordings' and careful.note.endswith('so all of it is taken to')
+    assert fused.started_at == sessions[0].started_at and fused.inputs_sha256 == careful.inputs_sha256
+    manifest = write_manifest(tmp_path / 'field', chain.scene, range(2))
+    refused = CliRunner().invoke(app, ['predict', str(manifest), '--model', str(chain.bundle), '--fuse'])
+    assert refused.exit_code == 2 and refused.stderr.count('\n') == 1 and 'are not of one transmitter in one place: chi-square' in refused.stderr
+
+
+@pytest.mark.s3
+def test_recordings_in_a_bucket_are_located(chain: Chain, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "The manifest and the files that it names, and nothing outside the folder; a missing one is set aside."
+    for name, value in (('ENDPOINT', s3), ('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY)):
+        monkeypatch.setenv(f'HEIMDALL_S3_{name}', value)
+    manifest = write_manifest(tmp_path / 'field', chain.scene, range(3))
+    store = S3Store('s3://heimdall-raw-iq/friday')
+    with suppress(store.client.exceptions.BucketAlreadyOwnedByYou, store.client.exceptions.BucketAlreadyExists):
+        store.client.create_bucket(Bucket=store.bucket)
+    for path in manifest.parent.iterdir():
+        store.write(path.name, path.read_bytes())
+    here = succeed('predict', manifest, '--model', chain.bundle, '--json').stdout
+    assert succeed('predict', 's3://heimdall-raw-iq/friday/recordings.csv', '--model', chain.bundle, '--json').stdout == here
+    store.delete('test-00001-2.npy')
+    less = succeed('predict', 's3://heimdall-raw-iq/friday', '--model', chain.bundle, '--json')
+    assert json.loads(less.stdout)[1]['heard'] == json.loads(here)[1]['heard'] - 1 and 'test-00001-2.npy' in less.stderr
+    store.write('recordings.csv', manifest.read_text().replace('test-00000-0.npy', '../outside.npy').encode())
+    outside = CliRunner().invoke(app, ['predict', 's3://heimdall-raw-iq/friday', '--model', str(chain.bundle)])
+    assert outside.exit_code == 2 and "'../outside.npy' is not a key" in outside.stderr
 
 
 def test_damaged_recordings_are_set_aside_and_the_rest_is_located(chain: Chain, tmp_path: Path):

@@ -1,4 +1,5 @@
 """Tracking on MLflow's own server, with PostgreSQL and S3 behind it and a password before it; and what happens when it goes away."""
+import hashlib
 import json
 import os
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from onnx import TensorProto, helper
 from servers import MLFLOW_PASSWORD, MLFLOW_USER, MlflowServer, PostgresServer, mlflow_server
@@ -14,6 +16,7 @@ from servers import MLFLOW_PASSWORD, MLFLOW_USER, MlflowServer, PostgresServer, 
 from heimdall_train.config import make_config
 from heimdall_train.network import HeimdallError
 from heimdall_train.pipeline import ingest, train, write_scene_table
+from heimdall_train.registry import Limits, Registry, register_bundle
 from heimdall_train.tracking import CHALLENGER, REGISTERED_MODEL, WAITING, Run, tracked_run
 
 pytestmark = [pytest.mark.postgres, pytest.mark.s3]
@@ -64,6 +67,47 @@ def test_a_run_its_artifacts_and_its_model(server: MlflowServer, tmp_path: Path)
     assert stored.info.artifact_uri.startswith('mlflow-artifacts:')
     assert Path(run.client.download_artifacts(run.run_id, 'files/large.bin', str(tmp_path))).read_bytes() == content
     assert int(run.client.get_model_version_by_alias(REGISTERED_MODEL, CHALLENGER).version) == version == 1
+
+
+def test_a_champion_comes_through_the_server(server: MlflowServer, tmp_path: Path):
+    "Its bundle by the server's proxy, into a cache; an artifact that was exchanged is refused."
+    digests = {}
+    for name, content in {**identity_bundle(), 'evaluation.parquet': evaluation().to_parquet(index=False)}.items():
+        (tmp_path / name).write_bytes(content)
+        digests[name] = hashlib.sha256(content).hexdigest()
+    (tmp_path / 'SHA256SUMS').write_text(''.join(f'{digest}  {name}\n' for name, digest in digests.items()))
+    with tracked_run(server.uri, tmp_path) as run:
+        number = register_bundle(run, tmp_path, {'levels': np.ones((1, 2), np.float32)})
+    registry = Registry(server.uri, cache=tmp_path / 'cache')
+    fails(lambda: registry.find('models:/localization_model@champion'), 'has no version champion')
+    assert registry.promote('challenger', limits=Limits(latency_ms=float('inf'))).candidate == number
+    champion = registry.find('models:/localization_model@champion')
+    assert champion.number == number and champion.measured('size_mb') is not None and 'calibration' in champion.tags['gate']
+    bundle = registry.bundle(champion)
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.iterdir() if path.name != 'SHA256SUMS'} == digests
+    (tmp_path / 'model.json').write_text('{}')
+    run.log_artifact(tmp_path / 'model.json', champion.tags['bundle'])
+    assert registry.bundle(champion) == bundle  # whole in the cache
+    fails(lambda: Registry(server.uri, cache=tmp_path / 'other').bundle(champion), 'model.json of the bundle is not what its SHA256SUMS says')
+
+
+def identity_bundle() -> dict[str, bytes]:
+    "Files of a bundle whose graph hands on what it gets."
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ['batch', 2]) for name in ('levels', 'position')]
+    graph = helper.make_graph([helper.make_node('Identity', ['levels'], ['position'])], 'identity', values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=10)
+    description = {'origin': {'latitude': 45.06, 'longitude': 7.60, 'height': 0.0}, 'source_height': 300.0,
+                   'dataset_digest': 'abc', 'metrics': {'mean_m': 100.0}}
+    return {'model.onnx': model.SerializeToString(), 'model.json': json.dumps(description).encode()}
+
+
+def evaluation() -> pd.DataFrame:
+    "Of a calibrated model: 90 of 100 ellipses hold the truth."
+    north = np.where(np.arange(100) < 90, 50.0, 500.0) / 111_132
+    return pd.DataFrame({
+        'session_id': [f's{number}' for number in range(100)], 'latitude': 45.06, 'longitude': 7.6, 'estimated_latitude': 45.06 + north,
+        'estimated_longitude': 7.6, 'error_m': north * 111_132, 'covariance_east_m2': 1e4, 'covariance_east_north_m2': 0.0,
+        'covariance_north_m2': 1e4, 'heard': 7})
 
 
 def test_who_may_not_is_told_so(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
