@@ -10,8 +10,8 @@ RUN is a finished run folder of `train` (or of `benchmarks/accuracy.py`), with w
 radii and typicality gets them here, from its best checkpoint and the half of its validation sessions that the pipeline would keep for it (its epoch was
 chosen on both halves then). Simulated sets: `ring` (sources 0.5 to 3 km outside the zone), `missing 2` (receivers taken away, never the reference),
 `other terrain` (the scene with another scene seed: maps of another country), `clock 1 µs` (of one receiver, never the reference's, in every session). FILE
-names sessions of the run's dataset that it neither learnt nor was calibrated on, such as POWDER's `april`. Seconds to minutes a run on two cores.
-DIR/shift.json has the figures, DIR/shift.md the table.
+names sessions of the run's dataset that it neither learnt nor was calibrated on, such as POWDER's `april` (train with a test file that has both: those of
+a FILE are taken out of `test` here). Seconds to minutes a run on two cores. DIR/shift.json has the figures, DIR/shift.md the table.
 """
 
 import argparse
@@ -65,11 +65,13 @@ def judge(folder: Path, options: argparse.Namespace) -> dict:
     if not np.isfinite(float(model.typicality.threshold)):
         print(f'{folder}: no typicality yet: calibrated anew')
         model = calibrated_anew(config, data, split, folder)
-    test = data.take(data.rows(split.test))
+    files = {path.stem: read_split_file(path, data.ids.tolist()) for path in options.test_sessions}
+    elsewhere = {identifier for ids in files.values() for identifier in ids}
+    test = data.take(data.rows([identifier for identifier in split.test if identifier not in elsewhere]))
     sets = {'test': test}
     if isinstance(data, TimedData):
         sets |= shifted(config, data, test, min(options.sessions, len(test)))
-    sets |= {path.stem: _refuse_known(data, split, read_split_file(path, data.ids.tolist())) for path in options.test_sessions}
+    sets |= {name: _refuse_known(data, split, ids) for name, ids in files.items()}
     usual, found = typicality(model, test), {}
     threshold, radii = float(model.typicality.threshold), dict(zip(COVERAGE_LEVELS, model.conformal_radii.tolist(), strict=True))
     held_out = len(data.take(data.rows(split.validation))) // 2

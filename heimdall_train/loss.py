@@ -19,14 +19,15 @@ def gaussian_nll(
     beta: float = 0.0,  # 0: likelihood; 1: the mean is fitted as by squared error
 ) -> torch.Tensor:  # nats, the mean over the batch; weighed where beta > 0
     "Mean Gaussian negative log-likelihood of the targets; the 2 x 2 inverse is written out."
-    error = target - position
-    variance_east, variance_north, shared = covariance[:, 0, 0], covariance[:, 1, 1], covariance[:, 0, 1]
+    error, matrix = (target - position).double(), covariance.double()
+    variance_east, variance_north, shared = matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, 0, 1]
     if source_error is not None:
         variance_east, variance_north = variance_east + source_error**2, variance_north + source_error**2
-    determinant = variance_east * variance_north - shared**2
+    product = variance_east * variance_north
+    determinant = torch.maximum(product - shared**2, 2.0**-23 * product)
     distance = (variance_north * error[:, 0] ** 2 - 2 * shared * error[:, 0] * error[:, 1] + variance_east * error[:, 1] ** 2) / determinant
     loss = 0.5 * distance + 0.5 * torch.log(determinant) + math.log(2 * math.pi)
     if beta:
         weight = determinant.detach() ** (beta / 2)
         loss = loss * weight / weight.mean()
-    return loss.mean()
+    return loss.mean().to(position.dtype)

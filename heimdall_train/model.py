@@ -34,7 +34,7 @@ def cholesky_2x2(
     "Cholesky factor of 2 x 2 matrices."
     first = covariance[..., 0, 0].sqrt()
     below = covariance[..., 1, 0] / first
-    second = (covariance[..., 1, 1] - below**2).clamp_min(1e-6).sqrt()
+    second = torch.maximum(covariance[..., 1, 1] - below**2, 2.0**-23 * covariance[..., 1, 1]).sqrt()  # what single precision can tell from 0
     return torch.stack([first, torch.zeros_like(first), below, second], dim=1).reshape(-1, 2, 2)
 
 # %% ../nbs/50_model.ipynb #652029b0

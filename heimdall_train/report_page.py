@@ -212,15 +212,10 @@ def _map(judged: Judged) -> str:
     )
 
 # %% ../nbs/89_report_page.ipynb #41ca2f87
-def _png(figure: Figure, colours: int | None = None) -> bytes:
-    "A figure as PNG, with a palette of so many colours where given."
-    from PIL import Image as Picture
-
+def _png(figure: Figure, dpi: int = 110) -> bytes:
+    "A figure as PNG."
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=130 if colours is None else 70)
-    if colours is not None:
-        small = Picture.open(buffer).convert('RGB').quantize(colours)
-        small.save(buffer := io.BytesIO(), format='png', optimize=True)
+    figure.savefig(buffer, format='png', dpi=dpi, pil_kwargs={'optimize': True})
     return buffer.getvalue()
 
 
@@ -301,7 +296,7 @@ def write_report(
         images[name] = _shown(name, caption, png)
     worst = []
     for number, (title, figure) in enumerate(_worst_figures(judged, table.with_name(table.stem.replace('evaluation', 'worst') + '.npz'))):
-        png = _png(figure, 64)
+        png = _png(figure, 60)
         write_file(out / f'worst-{number + 1:02}.png', png)
         worst.append(_shown(f'worst-{number + 1}', title, png))
     page = out / 'report.html'

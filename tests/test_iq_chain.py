@@ -28,6 +28,7 @@ from heimdall_train.cli import app
 from heimdall_train.config import make_config
 from heimdall_train.data import graph_inputs, ingest_samples, read_data, scene_split, simulate
 from heimdall_train.dataset import TimedData, cached_features
+from heimdall_train.explain import explain
 from heimdall_train.export import OUTPUTS, described, hand_over, onnx_session, recording_inputs
 from heimdall_train.fusion import fuse_sources
 from heimdall_train.localizer import Localizer
@@ -460,6 +461,21 @@ def write_cache(scene_file: Path, folder: Path) -> None:
     "Compute a cache of twelve sessions."
     scene = load_scene(scene_file)
     cached_features(folder, 'key', scene_world(scene).network, lambda rows: simulate_sessions(scene, 'train', numbers=rows), 12)
+
+
+def test_the_report_shows_the_worst_cases(chain: Chain):
+    page, errors = (chain.run / 'report' / 'report.html').read_text(), [row['error_m'] for row in evaluated_rows(chain)]
+    assert page.count('<figure id="figure-worst-') == 12 and 'http://' not in page.replace('http://www.w3.org/2000/svg', '')
+    with np.load(chain.run / 'worst.npz') as worst:
+        assert worst['maps'].shape == (12, 21, 128, 32)
+        assert worst['session_id'][0] == evaluated_rows(chain)[int(np.argmax(errors))]['session_id']
+
+
+def test_one_answer_is_taken_apart(chain: Chain):
+    data, row = read_data(chain.config), evaluated_rows(chain)[0]
+    found = explain(load_model(chain.run / 'model.safetensors'), data, row['session_id'])
+    assert np.hypot(*(found.position - found.truth)) == pytest.approx(row['error_m'], abs=0.01)
+    assert found.heard.sum() == row['heard'] and np.isfinite(found.pull[found.heard]).all() and found.typicality == pytest.approx(row['typicality'], abs=1e-3)
 
 
 def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
