@@ -137,11 +137,14 @@ def prepare(run: Path, folder: Path, count: int) -> dict:
         np.savez(folder / f'{part}.npz', **inputs, **{name: values if name == 'scalars' else values.astype(np.float32) for name, values in maps.items()})
     values, calibration = np.load(folder / 'inputs.npz'), np.load(folder / 'calibration.npz')
     for name, (module, inputs, outputs) in parts.items():
-        graph = (run / 'bundle' / 'model.onnx').read_bytes() if name == 'iq' else None
-        if graph is None:
+        exported, small = (run / 'bundle' / each for each in ('model.onnx', 'model.int8.onnx'))
+        if name == 'iq':
+            graph = exported.read_bytes()
+        else:
             graph = to_onnx(module, tuple(torch.from_numpy(values[each][:2]) for each in inputs), inputs, outputs).SerializeToString()
+        int8 = small.read_bytes() if name == 'iq' and small.exists() else quantise(graph, {each: calibration[each] for each in inputs})
         (folder / f'{name}.onnx').write_bytes(graph)
-        (folder / f'{name}-int8.onnx').write_bytes(quantise(graph, {each: calibration[each] for each in inputs}))
+        (folder / f'{name}-int8.onnx').write_bytes(int8)
     return {'receivers': len(model.network), 'samples': model.samples, 'rate': model.sample_rate, 'sessions': len(values['heard'])}
 
 
