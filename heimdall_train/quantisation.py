@@ -29,7 +29,7 @@ def quantise(
         "The sessions one by one, which keeps the memory that calibration takes small."
 
         def __init__(self):
-            self.rest = iter(range(len(calibration['heard'])))
+            self.rest = iter(range(min(len(values) for values in calibration.values())))
 
         def get_next(self):
             row = next(self.rest, None)
