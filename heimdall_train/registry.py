@@ -92,6 +92,7 @@ def _latency_ms(graph: Path, sample: dict[str, np.ndarray], calls: int = 21) -> 
     "Median time of a session alone."
     import onnxruntime
 
+    onnxruntime.set_default_logger_severity(3)  # errors only
     session, times = onnxruntime.InferenceSession(str(graph), providers=['CPUExecutionProvider']), []
     for _ in range(calls):
         began = time.perf_counter()
