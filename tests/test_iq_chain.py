@@ -475,7 +475,8 @@ def test_one_answer_is_taken_apart(chain: Chain):
     data, row = read_data(chain.config), evaluated_rows(chain)[0]
     found = explain(load_model(chain.run / 'model.safetensors'), data, row['session_id'])
     assert np.hypot(*(found.position - found.truth)) == pytest.approx(row['error_m'], abs=0.01)
-    assert found.heard.sum() == row['heard'] and np.isfinite(found.pull[found.heard]).all() and found.typicality == pytest.approx(row['typicality'], abs=1e-3)
+    assert found.heard.sum() == row['heard'] and np.isfinite(found.pull[found.heard]).all()
+    assert np.isnan(found.typicality) and row['typical']  # half of 24 validation sessions are too few for a threshold: 19 are needed
 
 
 def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
