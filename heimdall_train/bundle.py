@@ -322,6 +322,7 @@ def write_bundle(
     sample: dict[str, np.ndarray],  # one session, inputs of the graph by name
     evaluation: bytes | None = None,  # evaluation.parquet
     int8: bytes | None = None,  # the graph with 8 bits, where it is good enough
+    worst: bytes | None = None,  # worst.npz: maps of the sessions with the largest errors, for the report
 ) -> None:
     "Write a bundle; `HeimdallError` where its description does not fit the schema."
     folder = Path(folder)
@@ -336,7 +337,7 @@ def write_bundle(
         'MODEL_CARD.md': card.encode(),
         **_sample(session, sample),
     }
-    files |= {name: content for name, content in (('evaluation.parquet', evaluation), ('model.int8.onnx', int8)) if content is not None}
+    files |= {name: content for name, content in (('evaluation.parquet', evaluation), ('model.int8.onnx', int8), ('worst.npz', worst)) if content is not None}
     for name, content in files.items():
         write_file(folder / name, content)
     sums = ''.join(f'{hashlib.sha256(content).hexdigest()}  {name}\n' for name, content in sorted(files.items()))

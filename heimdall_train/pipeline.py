@@ -345,7 +345,7 @@ def _of_run(config: Config) -> Config:
         kept = yaml.safe_load((folder / 'config.yaml').read_text())
     except (OSError, yaml.YAMLError) as error:
         raise HeimdallError(f'{folder}: no run here ({type(error).__name__} for config.yaml): train first, or give --model') from error
-    names = ('catalog', 'store', 'dataset', 'cache', 'tracking')
+    names = ('catalog', 'store', 'dataset', 'cache', 'tracking', 'allow_rejects')
     given = {name for name in names if name in config.model_fields_set}
     if kept.get('scene') is not None and given & {'catalog', 'dataset'}:
         raise HeimdallError(f'{folder}: this run simulated its sessions (scene {kept["scene"]}): leave out --catalog and --dataset')
@@ -616,8 +616,9 @@ def export(
     counts = {part: len(getattr(split, part)) for part in ('train', 'validation', 'test')}
     trained_on, scores = str(config.dataset or config.scene or data.network.name), Evaluation(**evaluation) if evaluation else None
     card = model_card(described(graph), training, trained_on, counts, scores)
-    sample, evaluated = {name: values[:1] for name, values in inputs.items()}, table.read_bytes() if table.is_file() else None
-    write_bundle(bundle, graph, card, sample, evaluated, int8 if judgement['kept'] else None)
+    sample = {name: values[:1] for name, values in inputs.items()}
+    evaluated, worst = (path.read_bytes() if path.is_file() else None for path in (table, folder / 'worst.npz'))
+    write_bundle(bundle, graph, card, sample, evaluated, int8 if judgement['kept'] else None, worst)
     say(
         f'ONNX and torch agree on {sum(check["sessions"] for check in verification["checks"].values())} sessions, whole and spoilt, '
         f'to {verification["checks"]["batch of 32"]["position_m"]:.4f} m where they are whole; mean error {verification["mean_error"]["onnx_m"]:.1f} m, '
