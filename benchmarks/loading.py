@@ -1,7 +1,8 @@
 """From store to training: sessions a second, beside a bare loop over the same files, and how much memory it takes.
 
 Claim: a warm cache feeds at least 20 times what training on two cores takes; features fetched from S3 arrive at 80 % or more of the rate of a bare
-parallel GET loop over the same objects; and 100,000 sessions take less than 1.2 times the memory of 1,000.
+parallel GET loop over the same objects; and 100,000 sessions take less than 1.2 times the memory of 1,000. The sessions of a catalog are streamed: a million measurements take
+the memory of a thousand.
 
     python benchmarks/loading.py [--sizes 100 1000 10000] [--latency 0 20 100] [--repeats 3] [--out FILE]
 
@@ -79,8 +80,9 @@ def measure(options: argparse.Namespace) -> dict:
             cases += [repeated({'name': f'{name} {place}', 'sessions': 100, 'folder': str(folder), 'endpoint': endpoint}, options.repeats)
                       for name in ('recordings from', 'bare loop over recordings on')]
         memory = {str(count): run({'name': 'memory', 'sessions': count, 'folder': str(folder)})['peak_mb'] for count in (1_000, 100_000)}
+        catalog = {str(7 * count): run({'name': 'catalog', 'sessions': count, 'folder': str(folder)}) for count in (143, 1_429, 14_286, 142_858)}
         training = run({'name': 'training', 'sessions': 600, 'folder': str(folder)})
-    return {'cases': cases, 'training': training, 'peak_memory_mb': memory, 'met': met(cases, training, memory)}
+    return {'cases': cases, 'training': training, 'peak_memory_mb': memory, 'catalog': catalog, 'met': met(cases, training, memory)}
 
 
 def met(cases: list[dict], training: dict, memory: dict) -> dict:
@@ -261,6 +263,41 @@ def memory(case: dict):
     return warm_cache({**case, 'cache': 'many'})
 
 
+def catalog_stream(case: dict):
+    """All sessions of an SQLite catalog with seven measurements each, looked at one by one; it was filled by another process."""
+    from heimdall_train.catalog import Catalog
+
+    path = Path(case['folder']) / f'{case["sessions"]}.db'
+    if not path.exists():
+        subprocess.run([sys.executable, __file__, '--case', json.dumps({**case, 'name': 'fill', 'path': str(path)})], check=True, capture_output=True)
+
+    def action() -> int:
+        return sum(len(session.recordings) == 7 for session in Catalog(str(path)).sessions())
+
+    return action, path.stat().st_size / 1000 / case['sessions']
+
+
+def fill(case: dict):
+    """A catalog of so many sessions."""
+    from datetime import UTC, datetime, timedelta
+
+    from heimdall_train.catalog import Catalog
+    from heimdall_train.store import Recording, Session, Source
+
+    network, catalog, begun = _network(), Catalog(case['path']), datetime(2026, 1, 1, tzinfo=UTC)
+
+    def session(number: int) -> Session:
+        heard = tuple(Recording(name, -60.0, 20.0, 12_500.0, 0.0, 0.0, f's3://heimdall-raw-iq/sessions/{number}.npz#{name}') for name in network.names)
+        return Session(f'session-{number:07d}', begun + timedelta(seconds=number), Source(f'source-{number}', 45.0, 7.6), heard)
+
+    def action() -> int:
+        for start in range(0, case['sessions'], 5000):
+            catalog.add_sessions([session(number) for number in range(start, min(start + 5000, case['sessions']))], 'many', network=network)
+        return case['sessions']
+
+    return action, 0.0
+
+
 def recordings(place: str):
     """Catalog, samples and features."""
     def prepared(case: dict):
@@ -299,7 +336,7 @@ def bare_recordings(place: str):
     return prepared
 
 
-CASES = {'features from S3': features_from_s3, 'bare GET of features': bare_get_of_features, 'warm cache': warm_cache, 'memory': memory,
+CASES = {'catalog': catalog_stream, 'fill': fill, 'features from S3': features_from_s3, 'bare GET of features': bare_get_of_features, 'warm cache': warm_cache, 'memory': memory,
          'recordings from S3': recordings('S3'), 'recordings from disk': recordings('disk'),
          'bare loop over recordings on S3': bare_recordings('S3'), 'bare loop over recordings on disk': bare_recordings('disk')}
 
@@ -323,7 +360,8 @@ def markdown(summary: dict) -> str:
                  round(case['kb']), round(case['peak_mb']))
         lines.append('| ' + ' | '.join(str(cell) for cell in cells) + ' |')
     training, peaks = summary['training']['sessions_per_second'], summary['peak_memory_mb']
-    return '\n'.join([*lines, '', f'training: {training:.0f} sessions/s; peak memory: {peaks}', f'claims: {summary["met"]}'])
+    streamed = {count: f'{round(case["sessions_per_second"])} sessions/s, {round(case["peak_mb"])} MB' for count, case in summary['catalog'].items()}
+    return '\n'.join([*lines, '', f'training: {training:.0f} sessions/s; peak memory, MB: {peaks}', f'catalog, by measurements: {streamed}', f'claims: {summary["met"]}'])
 
 
 if __name__ == '__main__':
