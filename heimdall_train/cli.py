@@ -394,8 +394,8 @@ def evaluate(
         print(evaluation.model_dump_json())
     else:
         _print_table(evaluation)
-        folder_name = 'report' if evaluation.split == 'test' else f'report-{evaluation.split}'
-        _say(f'report: {folder / folder_name / "report.html"}')
+        others = folder / f'report-{evaluation.split}'
+        _say(f'report: {(others if others.exists() else folder / "report") / "report.html"}')
 
 
 @app.command()

@@ -387,7 +387,7 @@ def evaluate(
         raise HeimdallError(f'{folder}: the model knows other receivers than network {data.network.name} of the catalog: train again')
     data = _fitting(model, data, folder)
     test_ids = split.test if config.test_sessions is None else read_split_file(config.test_sessions, data.ids.tolist())
-    name = 'test' if set(test_ids) == set(split.test) else Path(str(config.test_sessions)).stem
+    name, own = Path(str(config.test_sessions or 'test')).stem, set(test_ids) == set(split.test)
     test = _refuse_known(data, split, test_ids)
     truth, answers, scores = test.enu(model.frame), estimate(model, test), typicality(model, test)
     results = _run_baselines(config, data, split, test, model, say) if baselines else {}
@@ -409,12 +409,12 @@ def evaluate(
     }
     table = _evaluation_table(test, model, truth, answers, scores, {name: result.positions for name, result in results.items()})
     table.attrs = dict(found | _about(model, config, metrics))
-    mark = '' if name == 'test' else f'-{name}'  # other sessions than the run's own stand beside them
+    mark = '' if own else f'-{name}'  # other sessions than the run's own stand beside them
     write_file(folder / f'evaluation{mark}.parquet', _parquet(table))
     if isinstance(test, TimedData):
         write_file(folder / f'worst{mark}.npz', _worst_maps(test, table))
     others = metrics.get('other_sessions', {})
-    _write_json(folder / 'metrics.json', {**metrics, **(found if name == 'test' else {'other_sessions': {**others, name: found}})})
+    _write_json(folder / 'metrics.json', {**metrics, **(found if own else {'other_sessions': {**others, name: found}})})
     write_report(folder / f'evaluation{mark}.parquet', folder / f'report{mark}')
     _track_evaluation(config, folder, metrics, evaluation, mark, say)
     return evaluation
