@@ -34,7 +34,6 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tests'))
 
 import numpy as np  # noqa: E402
-from features import processor  # noqa: E402
 
 SEED, BATCH, KEY = 0, 64, 'benchmark'
 
@@ -51,6 +50,8 @@ def main() -> None:
     if options.case:
         print(json.dumps(one_case(json.loads(options.case))))
         return
+    from features import processor
+
     summary = {'date': time.strftime('%Y-%m-%d'), 'hardware': f'{processor()}, {os.cpu_count()} cores', 'seed': SEED, 'repeats': options.repeats}
     summary |= measure(options)
     text = json.dumps(summary, indent=1)
