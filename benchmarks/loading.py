@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument('--sizes', type=int, nargs='+', default=[100, 1000, 10_000])
     parser.add_argument('--latency', type=int, nargs='+', default=[0, 20, 100], help='milliseconds')
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--catalogs', type=int, nargs='+', default=[143, 1_429, 14_286, 142_858], help='sessions in catalogs')
     parser.add_argument('--out', type=Path)
     parser.add_argument('--case', help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -81,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict:
             cases += [repeated({'name': f'{name} {place}', 'sessions': 100, 'folder': str(folder), 'endpoint': endpoint}, options.repeats)
                       for name in ('recordings from', 'bare loop over recordings on')]
         memory = {str(count): run({'name': 'memory', 'sessions': count, 'folder': str(folder)})['peak_mb'] for count in (1_000, 100_000)}
-        catalog = {str(7 * count): run({'name': 'catalog', 'sessions': count, 'folder': str(folder)}) for count in (143, 1_429, 14_286, 142_858)}
+        catalog = {str(7 * count): run({'name': 'catalog', 'sessions': count, 'folder': str(folder)}) for count in options.catalogs}
         training = run({'name': 'training', 'sessions': 600, 'folder': str(folder)})
     return {'cases': cases, 'training': training, 'peak_memory_mb': memory, 'catalog': catalog, 'met': met(cases, training, memory, catalog)}
 
@@ -110,7 +111,9 @@ def repeated(case: dict, repeats: int) -> dict:
 
 def run(case: dict) -> dict:
     """One case in a process of its own."""
+    begun = time.monotonic()
     done = subprocess.run([sys.executable, __file__, '--case', json.dumps(case)], capture_output=True, text=True, check=False)
+    print(f'{case["name"]}, {case["sessions"]} sessions: {time.monotonic() - begun:.0f} s', file=sys.stderr, flush=True)
     if done.returncode:
         raise SystemExit(f'{case}: {done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
