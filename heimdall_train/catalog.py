@@ -262,11 +262,12 @@ class _Selection:
         return SESSIONS.c.id if self.dataset is None else SESSIONS.c.session_name
 
     def measurements(self, *chosen: Any) -> sa.Select:
-        "Select from the measurements of the dataset."
+        "Select from the measurements of the dataset; what else is asked for decides where a database begins, never the dataset as a whole."
         query = sa.select(*chosen).select_from(MEASUREMENTS)
         if self.dataset is None:
             return query
-        return query.join(DATASET_MEASUREMENTS, _IS_MEMBER & (DATASET_MEASUREMENTS.c.training_dataset_id == self.dataset))
+        member = sa.select(sa.literal(1)).where(_IS_MEMBER, DATASET_MEASUREMENTS.c.training_dataset_id == self.dataset)
+        return query.where(member.correlate(MEASUREMENTS).exists())
 
     def sessions(self, *chosen: Any) -> sa.Select:
         "Select from the completed sessions that have measurements, all or those whose source has a position."
