@@ -11,7 +11,6 @@ __all__ = ['MANIFESTS', 'ingest', 'ingest_samples', 'watch', 'write_scene_table'
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -292,13 +291,16 @@ def _of_catalog(config: Config) -> _Recorded | None:
     dataset = catalog.dataset(config.dataset)
     network = catalog.network(dataset.network)
     places: dict[str, None] = {}  # files and objects that hold the recordings, in order
-    counts = Counter({'sessions': 0, 'recordings': 0})
+    ids: list[str] = []
+    recordings = 0
 
     def parts() -> Iterator[object]:
+        nonlocal recordings
         for session in catalog.sessions(dataset.name):
             located = [recording.iq_uri for recording in session.recordings if recording.iq_uri]
             places.update((split_uri(uri)[0], None) for uri in located)
-            counts.update(sessions=1, recordings=len(located))
+            ids.append(session.id)
+            recordings += len(located)
             yield session.id, session.source, session.recordings
         yield from store.fingerprints(places).items()
 
@@ -307,11 +309,11 @@ def _of_catalog(config: Config) -> _Recorded | None:
         return None
 
     def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
-        wanted = set(rows)
-        chosen = (session for row, session in enumerate(catalog.sessions(dataset.name)) if row in wanted)
+        wanted = {ids[row] for row in rows}  # by name: sessions may have come in since
+        chosen = (session for session in catalog.sessions(dataset.name) if session.id in wanted)
         return with_samples(chosen, store, lines.append)
 
-    return _Recorded(network, key, counts['sessions'], counts['recordings'], sessions, store)
+    return _Recorded(network, key, len(ids), recordings, sessions, store)
 
 
 def _of_scene(config: Config) -> _Recorded:
