@@ -246,18 +246,17 @@ def session_figure(
     levels[~heard], coherence[~heard] = np.nan, np.nan
     figure = ReportFigure(figsize=(max(1.5 * count, 4), 4.2), dpi=80, layout='constrained')
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(2, count, sharex=True, sharey=True, squeeze=False)
-    span = np.quantile(levels[heard], (0.02, 0.99)) if heard.any() else (0, 1)
-    for place, name in enumerate(names):
-        shown = [axes[0, place].imshow(levels[place], origin='lower', aspect='auto', cmap='cividis', vmin=span[0], vmax=span[1], extent=(0, 32, -64, 64)),
-                 axes[1, place].imshow(coherence[place], origin='lower', aspect='auto', cmap='viridis', vmin=0, vmax=1, extent=(0, 32, -64, 64))]
-        axes[0, place].set_title(name if heard[place] else f'{name}\n(not heard)', fontsize=7)
-        axes[1, place].set_xlabel('frame', fontsize=7)
-    for row, (image, label) in enumerate(zip(shown, ('level (dB)', 'coherence (0 to 1)'), strict=True)):
-        axes[row, 0].set_ylabel('mel band', fontsize=7)
-        figure.colorbar(image, ax=list(axes[row]), label=label)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=6)
+    span = tuple(np.quantile(levels[heard], (0.02, 0.99))) if heard.any() else (0, 1)
+    frames, step = maps.shape[2], maps.shape[2] + 2  # a receiver beside the other, two empty columns between them
+    shown = (levels, 'level (dB)', 'cividis', span), (coherence, 'coherence (0 to 1)', 'viridis', (0, 1))
+    for axis, (values, label, colours, (low, high)) in zip(figure.subplots(2, 1, sharex=True), shown, strict=True):
+        row = np.pad(values, ((0, 0), (0, 0), (0, 2)), constant_values=np.nan).transpose(1, 0, 2).reshape(maps.shape[1], -1)
+        image = axis.imshow(row, origin='lower', aspect='auto', cmap=colours, vmin=low, vmax=high, extent=(0, count * step, -64, 64))
+        axis.set_ylabel('mel band', fontsize=7)
+        axis.tick_params(labelsize=7, length=0)
+        axis.set_xticks(np.arange(count) * step + frames / 2, [name if known else f'{name}\n(not heard)' for name, known in zip(names, heard, strict=True)])
+        figure.colorbar(image, ax=axis, label=label)
+    axis.set_xlabel(f'receivers, each with {frames} frames of its recording from left to right', fontsize=7)
     return figure
 
 # %% ../nbs/87_report_figures.ipynb #e6eba02e

@@ -26,6 +26,11 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    "One more than there are cores, for many tests wait: for servers that start, or come back."
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @contextmanager
 def _required() -> Iterator[None]:
     "A server that is not installed skips what needs it, and fails it where services are required."
