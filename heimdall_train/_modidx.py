@@ -634,6 +634,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'heimdall_train/geodesy.py'),
                                         'heimdall_train.geodesy._arctan_small': ('geodesy.html#_arctan_small', 'heimdall_train/geodesy.py'),
                                         'heimdall_train.geodesy._constant': ('geodesy.html#_constant', 'heimdall_train/geodesy.py'),
+                                        'heimdall_train.geodesy._height_surface': ( 'geodesy.html#_height_surface',
+                                                                                    'heimdall_train/geodesy.py'),
                                         'heimdall_train.geodesy._horizontal_to_geodetic': ( 'geodesy.html#_horizontal_to_geodetic',
                                                                                             'heimdall_train/geodesy.py'),
                                         'heimdall_train.geodesy.ecef_to_geodetic': ( 'geodesy.html#ecef_to_geodetic',

@@ -114,31 +114,35 @@ def _arctan_small(x):
     return x * result
 
 
+def _height_surface(height, frame):
+    "Axis distance and z (metres) of the frame's origin, a and b (1/m²) of the ellipsoid a·p² + b·z² = 1 that touches the surface of constant height below or above it."
+    phi = np.radians(frame.latitude)
+    normal = SEMI_MAJOR_AXIS / np.sqrt(1 - ECCENTRICITY_SQUARED * np.sin(phi) ** 2)
+    equatorial, polar = normal + height, normal * (1 - ECCENTRICITY_SQUARED) + height
+    scale = 1 / (equatorial * np.cos(phi) ** 2 + polar * np.sin(phi) ** 2)
+    return float(np.hypot(*frame.origin_ecef[:2])), float(frame.origin_ecef[2]), scale / equatorial, scale / polar
+
+
 def _horizontal_to_geodetic(east, north, height, frame):
     "Latitude and longitude (degrees) of the point at `height` with the given east and north of `frame`."
-    phi = np.radians(frame.latitude)
-    origin = frame.origin_ecef
-    semi_minor = SEMI_MAJOR_AXIS * (1 - FLATTENING)
-    (wanted, sine, cosine, tangent_origin, axis_origin, z_origin, flattened, polar, equatorial, eccentricity_squared, half_curvature,
-     semi_major, degrees) = (_constant(east, float(value)) for value in (
-        height, np.sin(phi), np.cos(phi), np.tan(phi), np.hypot(origin[0], origin[1]), origin[2], 1 - FLATTENING,
-        ECCENTRICITY_SQUARED / (1 - ECCENTRICITY_SQUARED) * semi_minor, ECCENTRICITY_SQUARED * SEMI_MAJOR_AXIS, ECCENTRICITY_SQUARED,
-        0.5 / SEMI_MAJOR_AXIS, SEMI_MAJOR_AXIS, 180 / np.pi))
-    up = wanted - _constant(east, float(frame.height)) - (east * east + north * north) * half_curvature
-    for _ in range(4):
-        meridian = axis_origin - north * sine + up * cosine
-        z = z_origin + north * cosine + up * sine
-        axis_distance = (meridian * meridian + east * east) ** 0.5
-        tangent_parametric = z / (axis_distance * flattened)
-        for _ in range(2):  # Bowring
-            cosine_parametric = 1 / (1 + tangent_parametric * tangent_parametric) ** 0.5
-            sine_parametric = tangent_parametric * cosine_parametric
-            tangent = (z + polar * sine_parametric**3) / (axis_distance - equatorial * cosine_parametric**3)
-            tangent_parametric = flattened * tangent
-        cosine_geodetic = 1 / (1 + tangent * tangent) ** 0.5
-        sine_geodetic = tangent * cosine_geodetic
-        root = (1 - eccentricity_squared * sine_geodetic * sine_geodetic) ** 0.5
-        up = up + wanted - (axis_distance * cosine_geodetic + z * sine_geodetic - semi_major * root)
+    sin, cos, (axis_origin, z_origin, a, b) = np.sin(np.radians(frame.latitude)), np.cos(np.radians(frame.latitude)), _height_surface(height, frame)
+    (sine, cosine, axis_distance, z, square, half_constant, half_north, constant, linear, quadratic, of_east, flattened, polar, equatorial,
+     tangent_origin, degrees) = (_constant(east, float(value)) for value in (
+        sin, cos, axis_origin, z_origin,
+        a * cos**2 + b * sin**2, a * axis_origin * cos + b * z_origin * sin, (b - a) * sin * cos,
+        a * axis_origin**2 + b * z_origin**2 - 1, 2 * (b * z_origin * cos - a * axis_origin * sin), a * sin**2 + b * cos**2, a,
+        1 - FLATTENING, ECCENTRICITY_SQUARED / (1 - ECCENTRICITY_SQUARED) * SEMI_MAJOR_AXIS * (1 - FLATTENING), ECCENTRICITY_SQUARED * SEMI_MAJOR_AXIS,
+        sin / cos, 180 / np.pi))
+    half = half_constant + half_north * north
+    rest = constant + north * (linear + quadratic * north) + of_east * (east * east)
+    up = -rest / (half + (half * half - square * rest) ** 0.5)
+    meridian = axis_distance - north * sine + up * cosine
+    z = z + north * cosine + up * sine
+    axis_distance = (meridian * meridian + east * east) ** 0.5
+    tangent_parametric = z / (axis_distance * flattened)
+    cosine_parametric = 1 / (1 + tangent_parametric * tangent_parametric) ** 0.5
+    sine_parametric = tangent_parametric * cosine_parametric
+    tangent = (z + polar * sine_parametric**3) / (axis_distance - equatorial * cosine_parametric**3)
     latitude = _constant(east, float(frame.latitude)) + degrees * _arctan_small((tangent - tangent_origin) / (1 + tangent * tangent_origin))
     return latitude, _constant(east, float(frame.longitude)) + degrees * _arctan_small(east / meridian)
 
