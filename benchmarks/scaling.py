@@ -14,9 +14,10 @@ size is simulated and computed in parts of that many sessions, in catalogs of th
 part begins: its time is that of all its parts, or of those that have been run times how many there are of them, and says nothing about what one
 catalog of that size would add. It is not trained: that is drawn on from the fit.
 
-Disk: 1.1 MB for each session of --part, 11 GB at the default. Time on two idle cores, estimated from the rates of simulation.json, features.json and
-loading.json: half an hour to an hour for the wholes, then a quarter of an hour for each of the ten parts of 10⁵ (with one worker and with two). Stopped or killed, the same command goes on: the file holds every piece that is
-finished, the small ones come first, and what the pieces so far say is in it at any time.
+Disk: 1.1 MB for each session of --part, 11 GB at the default. Time on two idle cores, estimated from the rates in simulation.json, features.json and
+loading.json: half an hour to an hour for the wholes, then a quarter of an hour for each of the ten parts of 10⁵ (with one worker and with two).
+Stopped or killed, the same command goes on: the file holds every piece that is finished, the small ones come first, and what the pieces so far say
+is in it at any time.
 """
 import argparse
 import json
