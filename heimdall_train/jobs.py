@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'PATHS', 'LEASE_S', 'ATTEMPTS', 'FINISHED', 'KEPT_S', 'LOOK_S', 'GRACE_S', 'QUEUE', 'TASK', 'FEATURES_TASK',
-           'ServiceSettings', 'service_settings', 'with_password', 'check_choice', 'Progress', 'Job', 'new_job',
-           'claimed', 'beaten', 'ended', 'given_back', 'cancelled', 'StoreAway', 'JobStore', 'SqliteJobs', 'RedisJobs',
-           'open_jobs', 'extra', 'train_here', 'train_command', 'run_job', 'celery_app', 'work', 'spread_features',
-           'LocalWorker']
+           'OUTBOX_S', 'ServiceSettings', 'service_settings', 'with_password', 'check_choice', 'Progress', 'Job',
+           'new_job', 'claimed', 'beaten', 'ended', 'given_back', 'handed_on', 'cancelled', 'StoreAway', 'JobStore',
+           'SqliteJobs', 'RedisJobs', 'open_jobs', 'extra', 'train_here', 'train_command', 'run_job', 'celery_app',
+           'work', 'Outbox', 'spread_features', 'LocalWorker']
 
 # %% ../nbs/92_jobs.ipynb #706b05a8
 import hashlib
@@ -164,6 +164,7 @@ class Job(BaseModel):
     progress: Progress = Progress()
     result: dict[str, Any] | None = Field(None, description='figures of the finished training')
     error: str | None = Field(None, description='why it failed')
+    handed_on: bool = Field(False, exclude=True)  # whether the broker has it
     owner: str = Field('', exclude=True)  # who works on it
     lease_until: float = Field(0.0, exclude=True)  # seconds by the store's clock
 
@@ -232,6 +233,13 @@ def given_back(
     return job.model_copy(update={'status': 'queued', 'owner': '', 'lease_until': 0.0, 'attempts': job.attempts - 1})
 
 
+def handed_on(
+    job: Job,  # as it is
+) -> Job | None:
+    "The job, after the broker has confirmed that it has it."
+    return None if job.finished or job.handed_on else job.model_copy(update={'handed_on': True})
+
+
 def cancelled(
     job: Job,  # as it is
 ) -> Job | None:
@@ -261,7 +269,7 @@ class JobStore(Protocol):
 
 def _text(job: Job) -> str:
     "A job as it is stored."
-    return json.dumps({**job.model_dump(mode='json'), 'owner': job.owner, 'lease_until': job.lease_until})
+    return json.dumps({**job.model_dump(mode='json'), 'handed_on': job.handed_on, 'owner': job.owner, 'lease_until': job.lease_until})
 
 
 class SqliteJobs:
@@ -675,6 +683,52 @@ def work(
 
     worker_shutting_down.connect(end, weak=False)
     app.worker_main(['worker', '--loglevel=WARNING', '--without-gossip', '--without-mingle', '--without-heartbeat'])
+
+# %% ../nbs/92_jobs.ipynb #f9c46491
+OUTBOX_S = 3.0  # between two looks for jobs that the broker does not have
+
+
+class Outbox:
+    "Hands jobs of a store on to a broker, in a thread; a context manager."
+
+    def __init__(
+        self,
+        store: JobStore,  # of jobs
+        send: Callable[[str], None],  # hands a job's id on; `HeimdallError` where that cannot be done now
+    ):
+        self.store, self.send = store, send
+        self.stop, self.new = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+
+    def submit(
+        self,
+        id: str,  # of a job in the store
+    ) -> None:
+        "Look at the store."
+        self.new.set()
+
+    def _work(self) -> None:
+        while not self.stop.is_set():
+            self.new.clear()
+            try:
+                for job in self.store.unfinished():
+                    if not job.handed_on and not self.stop.is_set():
+                        self.send(job.id)
+                        self.store.change(job.id, handed_on)
+            except Exception as error:  # a broker that is away, a store that is: both may be back at the next look
+                print(f'{error}; trying again' if isinstance(error, HeimdallError) else f'{type(error).__name__}: {error}', file=sys.stderr, flush=True)
+                self.stop.wait(OUTBOX_S)
+            else:
+                self.new.wait(OUTBOX_S)
+
+    def __enter__(self) -> 'Outbox':
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.new.set()
+        self.thread.join(GRACE_S + 5)
 
 # %% ../nbs/92_jobs.ipynb #6d518e2c
 def spread_features(

@@ -26,6 +26,7 @@ from heimdall_train.jobs import (
     Job,
     JobStore,
     LocalWorker,
+    Outbox,
     ServiceSettings,
     StoreAway,
     cancelled,
@@ -168,7 +169,7 @@ EVENTS_S = 0.5  # between two looks at a job whose events somebody hears
 def create_app(
     settings: ServiceSettings,  # keys and limits
     store: JobStore,  # of jobs
-    submit: Callable[[str], None],  # hands a job's id to who will run it; `HeimdallError` where that cannot be done
+    submit: Callable[[str], None],  # tells whoever runs jobs, or hands them on, that there is a new one
     ready: Callable[[], None] = lambda: None,  # raises `HeimdallError` where a job could not be handed on
     working: Any = None,  # a context manager, open as long as the application runs
 ) -> Any:  # fastapi.FastAPI
@@ -231,11 +232,7 @@ def create_app(
         "Ask for a training. What is not given is as the service is configured; paths are below the folder in which it was started."
         job = new_job(check_choice(body.model_dump(exclude_none=True)))
         store.add(job)
-        try:
-            submit(job.id)
-        except HeimdallError as error:
-            store.change(job.id, cancelled)
-            raise HTTPException(503, str(error), {'Retry-After': '5'}) from error
+        submit(job.id)
         response.headers['Location'] = f'/v1/training/jobs/{job.id}'
         return job
 
@@ -355,11 +352,11 @@ def service_app(
         return create_app(settings, store, worker.submit, working=worker)
     queue = celery_app(settings)
 
-    def submit(id: str) -> None:
+    def send(id: str) -> None:
         try:
             queue.tasks[TASK].apply_async(args=[id], task_id=id)
         except queue.tasks[TASK].OperationalError as error:
-            raise HeimdallError('the broker does not answer: try again') from error
+            raise HeimdallError(f'the broker does not answer: job {id} waits') from error
 
     def ready() -> None:
         try:
@@ -368,4 +365,5 @@ def service_app(
         except (OSError, queue.tasks[TASK].OperationalError) as error:
             raise HeimdallError('the broker does not answer') from error
 
-    return create_app(settings, store, submit, ready)
+    outbox = Outbox(store, send)
+    return create_app(settings, store, outbox.submit, ready, working=outbox)
