@@ -25,10 +25,10 @@ def test_readme_is_the_index_notebook():
     assert check.returncode == 0, check.stderr
 
 
-def test_sidebar_lists_every_notebook_once(docs: ModuleType):
+def test_sidebar_lists_every_page_once(docs: ModuleType):
     sidebar = docs.yaml.safe_load((ROOT / 'nbs' / 'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']
     pages = [page for section in sidebar['contents'] for page in section['contents']]
-    assert sorted(pages) == sorted(path.as_posix() for path in docs.notebooks()), 'run make export'
+    assert sorted(pages) == sorted(path.as_posix() for path in docs.sources()), 'run make export'
 
 
 def test_dead_links_are_found(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
