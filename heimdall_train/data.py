@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from .config import Config, make_config
 from heimdall_train.dataset import (
     MINIMUM_TIMED,
     TimedData,
+    absent_shards,
     cached_features,
     compute_shards,
     features_digest,
@@ -291,7 +292,7 @@ def _of_catalog(config: Config) -> _Recorded | None:
     dataset = catalog.dataset(config.dataset)
     network = catalog.network(dataset.network)
     places: dict[str, None] = {}  # files and objects that hold the recordings, in order
-    ids: list[str] = []
+    marks: dict[str, bytes] = {}  # of the sessions, in order
     recordings = 0
 
     def parts() -> Iterator[object]:
@@ -299,7 +300,7 @@ def _of_catalog(config: Config) -> _Recorded | None:
         for session in catalog.sessions(dataset.name):
             located = [recording.iq_uri for recording in session.recordings if recording.iq_uri]
             places.update((split_uri(uri)[0], None) for uri in located)
-            ids.append(session.id)
+            marks[session.id] = _mark(session)
             recordings += len(located)
             yield session.id, session.source, session.recordings
         yield from store.fingerprints(places).items()
@@ -307,13 +308,27 @@ def _of_catalog(config: Config) -> _Recorded | None:
     key = features_digest(network, parts())
     if not places:
         return None
+    ids = list(marks)
 
     def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
-        wanted = {ids[row] for row in rows}  # by name: sessions may have come in since
-        chosen = (session for session in catalog.sessions(dataset.name) if session.id in wanted)
-        return with_samples(chosen, store, lines.append)
+        wanted = {ids[row]: marks[ids[row]] for row in rows}  # by name: sessions may have come in since
+        return with_samples(_unchanged(catalog.sessions(dataset.name), wanted), store, lines.append)
 
     return _Recorded(network, key, len(ids), recordings, sessions, store)
+
+
+def _mark(session: Session) -> bytes:
+    "Changes with all that features depend on."
+    return hashlib.blake2b(repr((session.source, session.recordings)).encode(), digest_size=8).digest()
+
+
+def _unchanged(found: Iterable[Session], wanted: dict[str, bytes]) -> Iterator[Session]:
+    "Those of the sessions that are wanted, as they were; `HeimdallError` where one is not, so that nothing of it is kept."
+    chosen = (session for session in found if session.id in wanted)
+    for (name, mark), session in zip_longest(wanted.items(), chosen):
+        if session is None or session.id != name or _mark(session) != mark:
+            raise HeimdallError(f'session {name} was changed in the catalog while its features were computed: run the command again')
+        yield session
 
 
 def _of_scene(config: Config) -> _Recorded:
@@ -414,7 +429,7 @@ def share_shard(
         raise HeimdallError('the dataset, its recordings or the code have changed: run heimdall-train features again')
     shards, lines = shard_files(config.cache, key, found.total), []  # type: list[Path], list[str]
     there = {name.rpartition('/')[2] for name in found.store.keys(f'features/{key}/')}
-    missing = fetch_shards(found.store, key, shards, [each for each in sorted({0, number}) if not shards[each].is_file()])
+    missing = fetch_shards(found.store, key, shards, [each for each in sorted({0, number}) if absent_shards([shards[each]])])
     if number in missing:
         read = found.sessions
         compute_shards(shards, [number], found.network, lambda rows: read(rows, lines), found.total, lines)
