@@ -12,12 +12,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -44,29 +46,50 @@ from .object_store import open_store
 from .recordings import simulate_sessions
 from .scene import PARTS, Scene, load_scene, scene_world
 from .simulation import session_count, session_id, simulate_levels
-from .store import Session, Store, StoreUnreachable, ahead, split_uri, write_file
+from .store import Session, Store, StoreUnreachable, ahead, local_path, split_uri, write_file
 
 # %% ../nbs/88_data.ipynb #1c128bbf
 def ingest(
-    table: str | Path,  # level table, with receivers.csv beside it
+    table: str | Path,  # level table, with receivers.csv beside it: a path, or s3://…
     config: Config,  # catalog, store, dataset, allow_rejects
 ) -> IngestReport:
     "Read a level table into the catalog and keep its bytes in the store."
-    return ingest_levels(
-        table, Catalog(config.catalog), open_store(config.store), dataset=config.dataset, allow_rejects=config.allow_rejects
-    )
+    with _here(table) as path:
+        return ingest_levels(
+            path, Catalog(config.catalog), open_store(config.store), dataset=config.dataset, allow_rejects=config.allow_rejects
+        )
+
+
+@contextmanager
+def _here(place: str | Path) -> Iterator[Path]:
+    "A table or a manifest on this machine: itself, or a copy of what is in a bucket, which an error does not name."
+    if urlsplit(str(place)).scheme != 's3':
+        yield local_path(place, 'table')
+        return
+    from heimdall_train.localizer import fetch_table
+
+    parts = str(place).rstrip('/').split('/')
+    parent = '/'.join(parts[:-1] if parts[-1].endswith(('.csv', '.parquet')) else parts)
+    with TemporaryDirectory() as folder:
+        copies = Path(folder) / parent.rpartition('/')[2]  # whose name may become that of the dataset
+        try:
+            yield fetch_table(str(place), copies)
+        except HeimdallError as error:
+            error.args = (str(error).replace(str(copies), parent),)
+            raise
 
 # %% ../nbs/88_data.ipynb #cc29ad0c
 def ingest_samples(
-    path: str | Path,  # the manifest, or the folder that has it as recordings.csv
+    path: str | Path,  # the manifest, or the folder that has it as recordings.csv: a path, or s3://…
     config: Config,  # catalog, store, dataset, allow_rejects
     network: str | Path | None = None,  # YAML file of the network; receivers.csv beside the manifest by default
 ) -> RecordingsReport:
     "Read recordings into store and catalog."
     receivers = None if network is None else Network.from_yaml(network)
-    return ingest_recordings(
-        path, Catalog(config.catalog), open_store(config.store), receivers, dataset=config.dataset, allow_rejects=config.allow_rejects
-    )
+    with _here(path) as here:
+        return ingest_recordings(
+            here, Catalog(config.catalog), open_store(config.store), receivers, dataset=config.dataset, allow_rejects=config.allow_rejects
+        )
 
 # %% ../nbs/88_data.ipynb #ee5946bb
 MANIFESTS: dict[str, Callable[[Path, Config], IngestReport]] = {'recordings.csv': ingest_samples, 'levels.csv': ingest, 'levels.parquet': ingest}
