@@ -494,6 +494,19 @@ class Catalog:
         self.database.write(work, done)
         return str(key)
 
+    def set_production(
+        self,
+        name: str,  # of the registered model
+        mlflow_run_id: str,  # run that trained the champion
+    ) -> bool:  # whether the catalog knows it
+        "Note which model is in production: those of this run, and no other of the name."
+        def work(connection: sa.Connection) -> bool:
+            connection.execute(sa.update(MODELS).where(MODELS.c.model_name == name).values(
+                is_production=sa.func.coalesce(MODELS.c.mlflow_run_id == mlflow_run_id, sa.false())))
+            there = sa.select(MODELS.c.id).where(MODELS.c.model_name == name, MODELS.c.is_production)
+            return connection.execute(there).first() is not None
+        return self.database.write(work)
+
     def models(self) -> list[dict[str, Any]]:  # a dictionary of columns each, oldest first
         "The models of the catalog."
         query = sa.select(MODELS).order_by(MODELS.c.created_at)

@@ -49,7 +49,7 @@ TestSeedOption = Annotated[int | None, typer.Option('--test-seed', help="Of the 
 CacheOption = Annotated[Path | None, typer.Option('--cache', help='Folder that keeps the features of recordings [default: runs/features]')]
 ResumeOption = Annotated[bool, typer.Option('--resume', help='Go on from the last checkpoint of the run folder')]
 OutOption = Annotated[Path | None, typer.Option('--out', help='Run folder [default: runs/train]')]
-ModelOption = Annotated[Path | None, typer.Option('--model', help='Run folder or bundle to use [default: the run folder]')]
+ModelOption = Annotated[str | None, typer.Option('--model', metavar='PATH', help='Run folder to use [default: the run folder]')]
 TestOption = Annotated[
     str | None, typer.Option('--test-sessions', help='File with one session id a line [default: hold out whole blocks]')
 ]
@@ -150,7 +150,7 @@ def ingest_callback(
 
 @ingest_app.command('levels')
 def ingest_levels_command(
-    table: Annotated[Path, typer.Argument(help='Level table (CSV or Parquet) with receivers.csv beside it')],
+    table: Annotated[str, typer.Argument(help='Level table (CSV or Parquet) with receivers.csv beside it: a path, or s3://…')],
     catalog: CatalogOption = None,
     store: StoreOption = None,
     dataset: DatasetOption = None,
@@ -171,7 +171,7 @@ def ingest_levels_command(
 
 @ingest_app.command('recordings')
 def ingest_recordings_command(
-    folder: Annotated[Path, typer.Argument(help='Folder of .npy files with recordings.csv, or that manifest itself')],
+    folder: Annotated[str, typer.Argument(help='Folder of recordings with recordings.csv, or that manifest itself: a path, or s3://…')],
     network: Annotated[Path | None, typer.Option('--network', help='YAML file of the network [default: receivers.csv beside the manifest]')] = None,
     catalog: CatalogOption = None,
     store: StoreOption = None,
@@ -697,6 +697,19 @@ def _registry(config: Any) -> Any:
     return Registry(config.tracking or default_tracking_uri(config.out))
 
 
+def _in_production(config: Any, registry: Any) -> None:
+    "Tell the catalog, where there is one, which model is the champion now."
+    from heimdall_train.catalog import Catalog
+    from heimdall_train.network import HeimdallError
+
+    try:
+        catalog = Catalog(config.catalog)
+        if catalog.exists():
+            catalog.set_production(registry.name, registry.champion().run_id)
+    except HeimdallError as error:
+        _say(f'the registry has the new champion, the catalog does not (is_production): {error}')
+
+
 @models_app.command('list')
 def models_list(
     tracking: RegistryOption = None,
@@ -739,11 +752,19 @@ def models_promote(
     version: Annotated[str, typer.Argument(help='Number or alias of a version')] = 'challenger',
     force: Annotated[str | None, typer.Option('--force', metavar='REASON', help='Why it shall be the champion whatever the gate says')] = None,
     tracking: RegistryOption = None,
+    catalog: CatalogOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Make a version the champion, through the gate: no worse on the same test sessions, calibrated, fast and small enough."
-    comparison = _run(lambda config: _registry(config).promote(version, force), debug, tracking=tracking)
+
+    def call(config):
+        registry = _registry(config)
+        comparison = registry.promote(version, force)
+        _in_production(config, registry)
+        return comparison
+
+    comparison = _run(call, debug, tracking=tracking, catalog=catalog)
     _compared(comparison, as_json)
     _say(f'version {comparison.candidate} is the champion')
     _next('heimdall-train predict SESSION --model models:/localization_model@champion', 'heimdall-train models rollback')
@@ -752,11 +773,19 @@ def models_promote(
 @models_app.command('rollback')
 def models_rollback(
     tracking: RegistryOption = None,
+    catalog: CatalogOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Make the champion before the present one the champion again."
-    before, now = _run(lambda config: _registry(config).rollback(), debug, tracking=tracking)
+
+    def call(config):
+        registry = _registry(config)
+        found = registry.rollback()
+        _in_production(config, registry)
+        return found
+
+    before, now = _run(call, debug, tracking=tracking, catalog=catalog)
     print(json.dumps({'rolled_back': before, 'champion': now}) if as_json else f'version {now} is the champion again, version {before} no longer')
 
 

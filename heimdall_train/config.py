@@ -56,6 +56,8 @@ class Config(BaseSettings):
     @property
     def model_path(self) -> Path:
         "The run folder to use."
+        if str(self.model).startswith('s3://'):
+            raise HeimdallError(f'{self.model}: results are written into the run folder: copy it to this machine first')
         return self.out if self.model is None else local_path(self.model, 'run folder')
 
 

@@ -12,12 +12,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from .config import Config, make_config
 from heimdall_train.dataset import (
     MINIMUM_TIMED,
     TimedData,
+    absent_shards,
     cached_features,
     compute_shards,
     features_digest,
@@ -43,29 +46,50 @@ from .object_store import open_store
 from .recordings import simulate_sessions
 from .scene import PARTS, Scene, load_scene, scene_world
 from .simulation import session_count, session_id, simulate_levels
-from .store import Session, Store, StoreUnreachable, ahead, split_uri, write_file
+from .store import Session, Store, StoreUnreachable, ahead, local_path, split_uri, write_file
 
 # %% ../nbs/88_data.ipynb #1c128bbf
 def ingest(
-    table: str | Path,  # level table, with receivers.csv beside it
+    table: str | Path,  # level table, with receivers.csv beside it: a path, or s3://…
     config: Config,  # catalog, store, dataset, allow_rejects
 ) -> IngestReport:
     "Read a level table into the catalog and keep its bytes in the store."
-    return ingest_levels(
-        table, Catalog(config.catalog), open_store(config.store), dataset=config.dataset, allow_rejects=config.allow_rejects
-    )
+    with _here(table) as path:
+        return ingest_levels(
+            path, Catalog(config.catalog), open_store(config.store), dataset=config.dataset, allow_rejects=config.allow_rejects
+        )
+
+
+@contextmanager
+def _here(place: str | Path) -> Iterator[Path]:
+    "A table or a manifest on this machine: itself, or a copy of what is in a bucket, which an error does not name."
+    if urlsplit(str(place)).scheme != 's3':
+        yield local_path(place, 'table')
+        return
+    from heimdall_train.localizer import fetch_table
+
+    parts = str(place).rstrip('/').split('/')
+    parent = '/'.join(parts[:-1] if parts[-1].endswith(('.csv', '.parquet')) else parts)
+    with TemporaryDirectory() as folder:
+        copies = Path(folder) / parent.rpartition('/')[2]  # whose name may become that of the dataset
+        try:
+            yield fetch_table(str(place), copies)
+        except HeimdallError as error:
+            error.args = (str(error).replace(str(copies), parent),)
+            raise
 
 # %% ../nbs/88_data.ipynb #cc29ad0c
 def ingest_samples(
-    path: str | Path,  # the manifest, or the folder that has it as recordings.csv
+    path: str | Path,  # the manifest, or the folder that has it as recordings.csv: a path, or s3://…
     config: Config,  # catalog, store, dataset, allow_rejects
     network: str | Path | None = None,  # YAML file of the network; receivers.csv beside the manifest by default
 ) -> RecordingsReport:
     "Read recordings into store and catalog."
     receivers = None if network is None else Network.from_yaml(network)
-    return ingest_recordings(
-        path, Catalog(config.catalog), open_store(config.store), receivers, dataset=config.dataset, allow_rejects=config.allow_rejects
-    )
+    with _here(path) as here:
+        return ingest_recordings(
+            here, Catalog(config.catalog), open_store(config.store), receivers, dataset=config.dataset, allow_rejects=config.allow_rejects
+        )
 
 # %% ../nbs/88_data.ipynb #ee5946bb
 MANIFESTS: dict[str, Callable[[Path, Config], IngestReport]] = {'recordings.csv': ingest_samples, 'levels.csv': ingest, 'levels.parquet': ingest}
@@ -291,7 +315,7 @@ def _of_catalog(config: Config) -> _Recorded | None:
     dataset = catalog.dataset(config.dataset)
     network = catalog.network(dataset.network)
     places: dict[str, None] = {}  # files and objects that hold the recordings, in order
-    ids: list[str] = []
+    marks: dict[str, bytes] = {}  # of the sessions, in order
     recordings = 0
 
     def parts() -> Iterator[object]:
@@ -299,7 +323,7 @@ def _of_catalog(config: Config) -> _Recorded | None:
         for session in catalog.sessions(dataset.name):
             located = [recording.iq_uri for recording in session.recordings if recording.iq_uri]
             places.update((split_uri(uri)[0], None) for uri in located)
-            ids.append(session.id)
+            marks[session.id] = _mark(session)
             recordings += len(located)
             yield session.id, session.source, session.recordings
         yield from store.fingerprints(places).items()
@@ -307,13 +331,27 @@ def _of_catalog(config: Config) -> _Recorded | None:
     key = features_digest(network, parts())
     if not places:
         return None
+    ids = list(marks)
 
     def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
-        wanted = {ids[row] for row in rows}  # by name: sessions may have come in since
-        chosen = (session for session in catalog.sessions(dataset.name) if session.id in wanted)
-        return with_samples(chosen, store, lines.append)
+        wanted = {ids[row]: marks[ids[row]] for row in rows}  # by name: sessions may have come in since
+        return with_samples(_unchanged(catalog.sessions(dataset.name), wanted), store, lines.append)
 
     return _Recorded(network, key, len(ids), recordings, sessions, store)
+
+
+def _mark(session: Session) -> bytes:
+    "Changes with all that features depend on."
+    return hashlib.blake2b(repr((session.source, session.recordings)).encode(), digest_size=8).digest()
+
+
+def _unchanged(found: Iterable[Session], wanted: dict[str, bytes]) -> Iterator[Session]:
+    "Those of the sessions that are wanted, as they were; `HeimdallError` where one is not, so that nothing of it is kept."
+    chosen = (session for session in found if session.id in wanted)
+    for (name, mark), session in zip_longest(wanted.items(), chosen):
+        if session is None or session.id != name or _mark(session) != mark:
+            raise HeimdallError(f'session {name} was changed in the catalog while its features were computed: run the command again')
+        yield session
 
 
 def _of_scene(config: Config) -> _Recorded:
@@ -414,7 +452,7 @@ def share_shard(
         raise HeimdallError('the dataset, its recordings or the code have changed: run heimdall-train features again')
     shards, lines = shard_files(config.cache, key, found.total), []  # type: list[Path], list[str]
     there = {name.rpartition('/')[2] for name in found.store.keys(f'features/{key}/')}
-    missing = fetch_shards(found.store, key, shards, [each for each in sorted({0, number}) if not shards[each].is_file()])
+    missing = fetch_shards(found.store, key, shards, [each for each in sorted({0, number}) if absent_shards([shards[each]])])
     if number in missing:
         read = found.sessions
         compute_shards(shards, [number], found.network, lambda rows: read(rows, lines), found.total, lines)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MINIMUM_TIMED', 'BATCH', 'SHARD', 'Form', 'spatial_blocks', 'block_folds', 'Split', 'make_split', 'MapFiles',
-           'TimedData', 'features_digest', 'shard_files', 'cached_features', 'compute_shards', 'fitting',
-           'fetch_shards', 'share_shards', 'with_samples']
+           'TimedData', 'features_digest', 'shard_files', 'absent_shards', 'cached_features', 'compute_shards',
+           'fitting', 'fetch_shards', 'share_shards', 'with_samples']
 
 # %% ../nbs/40_dataset.ipynb #ebbaa297
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -236,6 +237,24 @@ def shard_files(
     "Where the shards of a cache are."
     return [Path(folder) / key / f'{number:06d}.safetensors' for number in range(math.ceil(count / SHARD))]
 
+
+def absent_shards(
+    shards: Sequence[Path],  # of a whole cache
+) -> list[int]:  # their numbers
+    "Which shards of a cache are not there, or are not whole because the power failed while the system wrote them."
+    return [number for number, path in enumerate(shards) if not _whole(path)]
+
+
+def _whole(path: Path) -> bool:
+    "Whether a shard is there, as long as its header says."
+    try:
+        with open(path, 'rb') as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), 'little')
+            header = json.loads(file.read(min(length, size)))
+        return size == 8 + length + max((entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
 # %% ../nbs/40_dataset.ipynb #2b797fba
 def cached_features(
     folder: str | Path,  # of all caches
@@ -250,7 +269,7 @@ def cached_features(
 ) -> TimedData:
     "Features of sessions, from the cache where it has them; `HeimdallError` where the disk is full or a session cannot be used."
     shards, lines = shard_files(folder, key, count), [] if left_out is None else left_out
-    missing = [number for number, path in enumerate(shards) if not path.is_file()]
+    missing = absent_shards(shards)
     if missing and store is not None:
         missing = fetch_shards(store, key, shards, missing)
     if missing:
@@ -301,7 +320,7 @@ def fitting(
 def _form(shards: Sequence[Path]) -> Form | None:
     "Rate and length of the recordings behind a cache that was begun; None where none has been read."
     for path in shards:
-        if path.is_file() and (index := _index(path))['ids']:
+        if _whole(path) and (index := _index(path))['ids']:
             return index['sample_rate'], index['samples']
     return None
 
@@ -417,10 +436,10 @@ def fetch_shards(
     wanted = [number for number in missing if shards[number].name in there]
 
     def fetch(number: int) -> int:
-        write_file(shards[number], store.read(f'features/{key}/{shards[number].name}'))
+        store.fetch(f'features/{key}/{shards[number].name}', shards[number])
         return number
 
-    fetched = set(ahead(fetch, wanted, min(store.threads, 4)))  # four shards at a time fill a network, and 90 MB
+    fetched = set(ahead(fetch, wanted, min(store.threads, 4)))  # four shards at a time fill a network
     return [number for number in missing if number not in fetched]
 
 
@@ -431,15 +450,16 @@ def share_shards(
 ) -> int:  # how many the store did not have
     "Copy a cache into a store, its manifest last."
     there = {name.rpartition('/')[2] for name in store.keys(f'features/{key}/')}
-    wanted = [path for path in shards if path.name not in there]
+    wanted = {path for path in shards if path.name not in there}
 
-    def send(path: Path) -> None:
-        store.write(f'features/{key}/{path.name}', path.read_bytes())
+    def send(path: Path) -> str:
+        content = path.read_bytes()
+        if path in wanted:
+            store.write(f'features/{key}/{path.name}', content)
+        return hashlib.sha256(content).hexdigest()
 
-    for _ in ahead(send, wanted, min(store.threads, 4)):
-        pass
     if wanted or 'manifest.json' not in there:
-        digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards}
+        digests = dict(zip((path.name for path in shards), ahead(send, shards, min(store.threads, 4)), strict=True))
         store.write(f'features/{key}/manifest.json', json.dumps(digests, indent=1).encode())
     return len(wanted)
 

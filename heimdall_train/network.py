@@ -80,6 +80,11 @@ class Zone:
     height_m: float  # metres, north to south
 
 
+def _degrees_east(distance: float, latitude: float) -> float:
+    "Degrees of longitude that a distance in metres spans."
+    return distance / (111_320 * max(math.cos(math.radians(latitude)), 1e-6))
+
+
 @dataclass(frozen=True)
 class Network:
     "Receivers in a fixed order, and the zone that they watch."
@@ -94,6 +99,8 @@ class Network:
             if receiver.name in seen:
                 raise HeimdallError(f'network {self.name}: receiver {receiver.name} appears twice: names must be unique')
             seen.add(receiver.name)
+        if self.zone is not None and abs(self.zone.longitude) + _degrees_east(self.zone.width_m / 2, self.zone.latitude) > 180:
+            raise HeimdallError(f'network {self.name}: its zone crosses the 180th meridian, where longitudes jump: give a zone on one side of it')
 
     def __len__(self) -> int:
         return len(self.receivers)
@@ -118,7 +125,9 @@ class Network:
         latitudes: Sequence[float] | np.ndarray | None = None,  # degrees, of the training sources
         longitudes: Sequence[float] | np.ndarray | None = None,  # degrees, of the training sources
     ) -> Frame:  # east-north-up about the centre of the zone, else of the sources' bounding box
-        "The network's local frame."
+        "The network's local frame; `HeimdallError` where there is nothing to take an origin from, or the sources lie on both sides of the 180th meridian."
+        if longitudes is not None and len(longitudes) and np.max(longitudes) - np.min(longitudes) > 180:
+            raise HeimdallError(f'network {self.name}: its sources lie on both sides of the 180th meridian, where longitudes jump: train on one side of it')
         if self.zone is not None:
             return Frame(self.zone.latitude, self.zone.longitude)
         if latitudes is None or longitudes is None or len(latitudes) == 0:

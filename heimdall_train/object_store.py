@@ -20,7 +20,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .network import HeimdallError
-from .store import Store, StoreUnreachable, checked_key, explain_os_error, local_path, split_uri
+from .store import Store, StoreUnreachable, checked_key, explain_os_error, fill_file, local_path, split_uri
 
 # %% ../nbs/12_object_store.ipynb #1b7c4e25
 class S3Settings(BaseSettings):
@@ -109,7 +109,7 @@ def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
 
 # %% ../nbs/12_object_store.ipynb #35552c65
 PART = 2**24  # bytes, of an object that travels in one piece, and of the parts of a larger one
-PIECE = 2**13  # bytes, or a hundredth of the whole, after which a slow body meets the deadline
+PIECE = 2**13  # bytes, after which a body that comes slowly meets the deadline; up to a megabyte where it comes fast
 Answer = TypeVar('Answer')
 
 
@@ -204,23 +204,44 @@ class S3Store(Store):
         key: str,  # of something written before
     ) -> bytes:  # its content
         "Bytes of a key, those that were written; `HeimdallError` where there are none."
-        from botocore.exceptions import ReadTimeoutError
-
-        name = self._name(key)
 
         def get(deadline: float) -> bytes:
-            answer = self.client.get_object(Bucket=self.bucket, Key=name)
-            pieces = []
-            for piece in answer['Body'].iter_chunks(max(PIECE, answer['ContentLength'] // 100)):
-                pieces.append(piece)
-                if time.monotonic() > deadline:
-                    raise ReadTimeoutError(endpoint_url=self.root)
-            content, digest = b''.join(pieces), answer['Metadata'].get('sha256')
-            if len(content) != answer['ContentLength'] or (digest and hashlib.sha256(content).hexdigest() != digest):
-                raise _Damaged(key)
-            return content
+            pieces: list[bytes] = []
+            self._receive(key, pieces.append, deadline)
+            return b''.join(pieces)
 
         return self._patiently(f'cannot read {key} in {self.root}', get)
+
+    def fetch(
+        self,
+        key: str,  # of something written before
+        path: str | Path,  # of the file that becomes a copy; its folder is created
+    ) -> None:
+        "Copy the bytes of a key, those that were written, into a file of this machine, a piece at a time; `HeimdallError` where there are none."
+
+        def get(deadline: float) -> None:
+            fill_file(path, lambda file: self._receive(key, file.write, deadline))
+
+        self._patiently(f'cannot read {key} in {self.root}', get)
+
+    def _receive(self, key: str, take: Callable[[bytes], object], deadline: float) -> None:
+        "Hand on an object's body as it comes, its SHA-256 computed on the way; raises at its end where it is not what was written."
+        from botocore.exceptions import ReadTimeoutError
+
+        answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
+        body, digest, recorded = answer['Body'], hashlib.sha256(), answer['Metadata'].get('sha256')
+        size, length, last = PIECE, 0, time.monotonic()
+        while piece := body.read(size):
+            take(piece)
+            length += len(piece)
+            if recorded:
+                digest.update(piece)
+            now = time.monotonic()
+            if now > deadline:
+                raise ReadTimeoutError(endpoint_url=self.root)
+            size, last = min(2 * size, 2**20) if now - last < 0.1 else PIECE, now
+        if length != answer['ContentLength'] or (recorded and digest.hexdigest() != recorded):
+            raise _Damaged(key)
 
     def exists(
         self,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'Item', 'Result', 'Source', 'Recording', 'Session', 'explain_os_error', 'write_file', 'create_file',
-           'local_path', 'encode_iq', 'decode_iq', 'as_complex', 'split_uri', 'key_part', 'StoreUnreachable',
-           'checked_key', 'Store', 'ahead']
+           'fill_file', 'local_path', 'encode_iq', 'decode_iq', 'as_complex', 'split_uri', 'key_part',
+           'StoreUnreachable', 'checked_key', 'Store', 'ahead']
 
 # %% ../nbs/10_store.ipynb #aa5e183a
 import errno
@@ -21,7 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from shutil import copyfileobj
+from typing import BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -119,7 +120,7 @@ def write_file(
     content: bytes,  # all of it
 ) -> None:
     "Write a file whole or not at all; `HeimdallError` where the disk is full or the folder cannot be written."
-    _write_aside(Path(path), content, os.replace)
+    _write_aside(Path(path), lambda file: file.write(content), os.replace)
 
 
 def create_file(
@@ -136,22 +137,32 @@ def create_file(
         except FileExistsError:
             made = False
 
-    _write_aside(path, content, link)
+    _write_aside(path, lambda file: file.write(content), link)
     return made
 
 
-def _write_aside(path: Path, content: bytes, place: Callable[[Path, Path], None]) -> None:
+def fill_file(
+    path: str | Path,  # of the file; its folder is created
+    fill: Callable[[BinaryIO], object],  # writes all of it, piece by piece
+) -> None:
+    "Write a copy of what is kept elsewhere: whole or not at all while the machine runs, but not forced to the disk, so that a power cut may shorten it."
+    _write_aside(Path(path), fill, os.replace, forced=False)
+
+
+def _write_aside(path: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None], forced: bool = True) -> None:
     "Write a file beside its place, then put it there."
     aside = path.with_name(f'.{secrets.token_hex(8)}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, 'xb') as file:
-                file.write(content)
+                fill(file)
                 file.flush()
-                os.fsync(file.fileno())
+                if forced:
+                    os.fsync(file.fileno())
             place(aside, path)
-            _sync_folder(path.parent)
+            if forced:
+                _sync_folder(path.parent)
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
@@ -327,6 +338,18 @@ class Store:
         "Bytes of a key; `HeimdallError` where there are none."
         try:
             return self._path(key).read_bytes()
+        except OSError as error:
+            raise explain_os_error(f'cannot read {key} in {self.folder}', error) from error
+
+    def fetch(
+        self,
+        key: str,  # of something written before
+        path: str | Path,  # of the file that becomes a copy; its folder is created
+    ) -> None:
+        "Copy the bytes of a key into a file of this machine, a piece at a time; `HeimdallError` where there are none."
+        try:
+            with open(self._path(key), 'rb') as source:
+                fill_file(path, lambda file: copyfileobj(source, file, 2**20))
         except OSError as error:
             raise explain_os_error(f'cannot read {key} in {self.folder}', error) from error
 

@@ -62,8 +62,8 @@ OPTIONS = {
     'report': ['--debug', '--json', '--out'],
     'models compare': ['--debug', '--json', '--tracking'],
     'models list': ['--debug', '--json', '--tracking'],
-    'models promote': ['--debug', '--force', '--json', '--tracking'],
-    'models rollback': ['--debug', '--json', '--tracking'],
+    'models promote': ['--catalog', '--debug', '--force', '--json', '--tracking'],
+    'models rollback': ['--catalog', '--debug', '--json', '--tracking'],
     'predict': ['--allow-rejects', '--debug', '--format', '--fuse', '--json', '--model', '--out', '--tracking'],
     'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
     'sweep': ['--debug', '--json', '--out', '--tracking'],
@@ -377,7 +377,10 @@ def test_the_way_to_the_champion_and_back(chain: Chain, tmp_path: Path, monkeypa
     assert first['model_sha256'] == hashlib.sha256((chain.bundle / 'model.onnx').read_bytes()).hexdigest()
     fail('has no version champion', 'predict', chain.table, '--model', 'models:/localization_model@champion', *registry)
     fail('had no champion before', 'models', 'rollback', *registry)
-    assert 'version 1 is the champion' in succeed('models', 'promote', *registry, '--force', 'one epoch, and nothing better yet').stderr
+    catalog = shutil.copy(chain.catalog, tmp_path / 'catalog.db')
+    crowning = succeed('models', 'promote', *registry, '--catalog', catalog, '--force', 'one epoch, and nothing better yet')
+    assert 'version 1 is the champion' in crowning.stderr
+    assert [model['mlflow_run_id'] for model in Catalog(str(catalog)).models() if model['is_production']] == [first['run_id']]
     fail('is the champion already', 'models', 'promote', 'challenger', *registry)
     worse = shutil.copytree(chain.bundle, tmp_path / 'worse')
     evaluation = pd.read_parquet(worse / 'evaluation.parquet')
@@ -434,12 +437,34 @@ def test_a_bundle_and_a_table_in_a_bucket(chain: Chain, s3: str, tmp_path: Path,
     asked = ['--model', 's3://heimdall-models/localization/v7']
     assert succeed('predict', 's3://heimdall-models/monday/levels.csv', *asked).stdout == by_bundle
     assert succeed('predict', 's3://heimdall-models/monday', *asked).stdout == by_bundle
+    run = 's3://heimdall-models/runs/monday'
+    S3Store(run).write('model.safetensors', (chain.run / 'model.safetensors').read_bytes())
+    assert succeed('predict', chain.table, '--model', run).stdout == succeed('predict', chain.table, '--model', chain.run).stdout.replace(str(chain.run), run)
+    fail(f'{run}: results are written into the run folder: copy it to this machine first', 'evaluate', '--model', run)
     store.write('model.onnx', (chain.bundle / 'model.onnx').read_bytes().replace(b'e', b'f', 1))
     assert succeed('predict', chain.table, *asked).stdout == by_bundle  # of the cache, which is whole
     shutil.rmtree(tmp_path / 'cache')
     fail('model.onnx of the bundle is not what its SHA256SUMS says', 'predict', chain.table, *asked)
     fail('there is no such object', 'predict', chain.table, '--model', 's3://heimdall-models/localization/v8')
     fail('there is no such object', 'predict', 's3://heimdall-models/tuesday/levels.csv', '--model', chain.bundle)
+
+
+@pytest.mark.s3
+def test_a_level_table_is_ingested_from_a_bucket(chain: Chain, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in (('ENDPOINT', s3), ('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY)):
+        monkeypatch.setenv(f'HEIMDALL_S3_{name}', value)
+    store = S3Store('s3://heimdall-datasets/tables')
+    with suppress(store.client.exceptions.BucketAlreadyOwnedByYou, store.client.exceptions.BucketAlreadyExists):
+        store.client.create_bucket(Bucket=store.bucket)
+    place = f's3://heimdall-datasets/tables/{chain.table.parent.name}'
+    where = '--catalog', tmp_path / 'catalog.db', '--store', tmp_path / 'store', '--json'
+    fail('there is no such object', 'ingest', 'levels', f'{place}/levels.csv', *where)
+    store.write(f'{chain.table.parent.name}/levels.csv', chain.table.read_bytes())
+    fail(f'there is no {place}/receivers.csv', 'ingest', 'levels', f'{place}/levels.csv', *where)
+    store.write(f'{chain.table.parent.name}/receivers.csv', (chain.table.parent / 'receivers.csv').read_bytes())
+    there, here = json.loads(succeed('ingest', 'levels', f'{place}/levels.csv', *where).stdout), json.loads(chain.ingested.stdout)
+    assert {**there, 'table_uri': None} == {**here, 'table_uri': None}
+    assert Catalog(str(tmp_path / 'catalog.db')).network() == Catalog(str(chain.catalog)).network()
 
 
 def test_the_same_seed_gives_the_same_model(chain: Chain):

@@ -25,6 +25,7 @@ from heimdall_train.database import DatabaseSettings
 from heimdall_train.jobs import service_settings
 from heimdall_train.network import HeimdallError
 from heimdall_train.object_store import S3Settings, S3Store, open_store
+from heimdall_train.tracking import TrackingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE = yaml.safe_load((ROOT / 'compose.yaml').read_text())
@@ -116,7 +117,7 @@ def test_compose_names_are_those_of_the_configuration():
     text = (ROOT / 'compose.yaml').read_text()
     assert set(re.findall(r'(?<!\$)\$\{(\w+)', text)) <= set(EXAMPLE)
     known = {f'HEIMDALL_{name.upper()}' for name in Config.model_fields}
-    for settings, prefix in ((S3Settings, 'S3'), (DatabaseSettings, 'CATALOG')):
+    for settings, prefix in ((S3Settings, 'S3'), (DatabaseSettings, 'CATALOG'), (TrackingSettings, 'TRACKING')):
         known |= {f'HEIMDALL_{prefix}_{name.upper()}' for name in settings.model_fields}
     assert {name for name in EXAMPLE if name.startswith('HEIMDALL_')} <= known | {'HEIMDALL_BROKER', 'HEIMDALL_REDIS'}
     assert {'RABBITMQ_PASSWORD', 'REDIS_PASSWORD'} <= set(EXAMPLE)

@@ -95,7 +95,7 @@ def test_noise_keeps_its_density_and_no_silence_is_added(rate: float):
     noise = np.random.default_rng(0).normal(0, 1, (int(4.1 * rate), 2)) @ [1, 1j] * np.sqrt(rate / 12_000 / 2)  # a power of 1 in 12 kHz
     iq = on_axis(Capture(noise.astype(np.complex64), rate), 0.01, 12_000.0, 48_000, 'x')
     density = (np.abs(np.fft.fftshift(np.fft.fft(iq.reshape(-1, 480), axis=1), axes=1))**2 / 480).mean(axis=0).reshape(24, 20).mean(axis=1)
-    assert np.abs(10 * np.log10(density[2:-2])).max() < 0.5 and 10 * np.log10(density).min() > -4
+    assert np.abs(10 * np.log10(density)).max() < 0.5
     with pytest.raises(HeimdallError, match='would pass for silence'):
         on_axis(Capture(noise.astype(np.complex64), 11_900.0), 0.0, 12_000.0, 1000, 'x')
 
@@ -111,6 +111,22 @@ def test_what_does_not_fit_is_set_aside(campaign: Path, tmp_path: Path):
     assert {reject.file.partition('.')[0] for reject in rejects} == set(words)
     for reject in rejects:
         assert words[reject.file.partition('.')[0]] in str(reject) and '\n' not in str(reject)
+
+
+def test_a_file_that_says_it_is_another_receiver_s_or_of_another_frequency(campaign: Path):
+    "What SigMF says of place and frequency is held against network and manifest."
+    here = next(receiver for receiver in NETWORK.receivers if receiver.name == 'mast')
+    for latitude, frequency, words in [(here.latitude + 0.001, 145.501e6, ''), (here.latitude + 0.1, 145.5e6, '11.1 km from mast, it says'),
+                                       (here.latitude, 145.6e6, 'of 145.600000 MHz, it says, and frequency_hz of 145.500000 MHz')]:
+        point = {'type': 'Point', 'coordinates': [here.longitude, latitude, here.altitude]}
+        path = campaign / 'mast.sigmf-meta'
+        write_sigmf(path, 25_000.0, 0.1 + 123e-9, 40_000, DELAYS['mast'])
+        meta = json.loads(path.read_text())
+        meta['captures'][0] |= {'core:geolocation': point, 'core:frequency': frequency}
+        path.write_text(json.dumps(meta))
+        _, sessions, rejects = read_recordings(campaign, NETWORK)
+        assert ('mast' in [recording.receiver for recording in sessions[0].recordings]) == (not words)
+        assert all(words in str(reject) for reject in rejects) and len(rejects) == bool(words)
 
 
 # --- damaged files ---

@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ import numpy as np
 import pytest
 from servers import ACCESS_KEY, SECRET_KEY
 
-from heimdall_train import dataset
+from heimdall_train import data, dataset
+from heimdall_train.catalog import Catalog
 from heimdall_train.config import Config, make_config
 from heimdall_train.data import read_data, share_features, simulate
 from heimdall_train.dataset import TimedData, with_samples
@@ -340,17 +342,21 @@ import os, signal, sys
 from heimdall_train import data, dataset, object_store
 from heimdall_train.config import make_config
 dataset.SHARD = 4
-place, name = (dataset, 'write_file') if sys.argv[1] == 'features' else (object_store.S3Store, 'write')
+places = {'features': (dataset, 'write_file'), 'fetch': (object_store.S3Store, '_receive')}
+place, name = places.get(sys.argv[1], (object_store.S3Store, 'write'))
 calls, original = 0, getattr(place, name)
 def dying(*arguments):
     global calls
     calls += 1
     if calls == int(sys.argv[2]):
+        if sys.argv[1] == 'fetch':
+            arguments[2](b'half of a shard')
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 setattr(place, name, dying)
 config = make_config(catalog=sys.argv[3], store=sys.argv[4], cache=sys.argv[5])
-actions = {'simulate': lambda: data.simulate('demo-v1', config, 12), 'features': lambda: data.read_data(config), 'share': lambda: data.share_features(config)}
+actions = {'simulate': lambda: data.simulate('demo-v1', config, 12), 'features': lambda: data.read_data(config),
+           'fetch': lambda: data.read_data(config), 'share': lambda: data.share_features(config)}
 actions[sys.argv[1]]()
 """
 
@@ -358,7 +364,7 @@ actions[sys.argv[1]]()
 @pytest.mark.s3
 @pytest.mark.fault
 def test_what_is_killed_goes_on_and_ends_with_the_same_bytes(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    "Upload of recordings, making of a feature cache, upload of features: each is killed -9 half way, and repeated."
+    "Upload of recordings, making of a feature cache, upload and download of features: each is killed -9 half way, and repeated."
     for name, value in (('ENDPOINT', s3), ('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY)):
         monkeypatch.setenv(f'HEIMDALL_S3_{name}', value)
     monkeypatch.setattr(dataset, 'SHARD', 4)
@@ -393,3 +399,30 @@ def test_what_is_killed_goes_on_and_ends_with_the_same_bytes(s3: str, tmp_path: 
     assert len(half) < 3 and not any('manifest' in key for key in half)
     assert share_features(disturbed)['sent'] == 3 - len(half) and share_features(undisturbed)['sent'] == 3
     assert sorted(content(stores[0], 'features/').values()) == sorted(content(stores[1], 'features/').values())
+
+    elsewhere = disturbed.model_copy(update={'cache': tmp_path / 'elsewhere'})
+    kill('fetch', 2, elsewhere)
+    assert list(elsewhere.cache.rglob('.*.part'))  # what was half there, under a name that nobody reads
+    monkeypatch.setattr(data, 'compute_shards', None)
+    assert read_data(elsewhere).digest == read_data(undisturbed).digest
+    assert sorted((path.name, path.read_bytes()) for path in elsewhere.cache.rglob('*.safetensors')) == shards[0]
+
+
+def test_a_session_that_changes_while_its_features_are_computed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dataset, 'SHARD', 4)
+    config = make_config(catalog=str(tmp_path / 'catalog.db'), store=str(tmp_path / 'store'), cache=tmp_path / 'cache')
+    simulate('demo-v1', config, 12)
+    compute, last = dataset.cached_features, sorted(session.id for session in Catalog(config.catalog).sessions())[-1]
+
+    def changed(*arguments):
+        with sqlite3.connect(config.catalog) as catalog:
+            statement = 'UPDATE known_sources SET latitude = latitude + 1 WHERE id = (SELECT known_source_id FROM recording_sessions WHERE session_name = ?)'
+            assert catalog.execute(statement, [last]).rowcount == 1
+        return compute(*arguments)
+
+    monkeypatch.setattr(data, 'cached_features', changed)
+    fails(lambda: read_data(config), f'session {last} was changed in the catalog while its features were computed')
+    assert all(last.encode() not in path.read_bytes() for path in config.cache.rglob('*.safetensors'))
+    monkeypatch.setattr(data, 'cached_features', compute)
+    after = read_data(config)
+    assert len(after) == 12 and after.latitude[after.rows([last])] > 46

@@ -124,6 +124,11 @@ def test_networks_and_models(catalog: Catalog):
     model, = catalog.models()
     assert (str(model['id']), model['performance_metrics'], model['accuracy_meters']) == (key, {'coverage': {'90': 0.89}}, 131.5)
     assert model['created_at'].tzinfo is UTC
+    for run in ('first', 'second'):
+        catalog.add_model('localization_model', 'levels', mlflow_run_id=run)
+    for run, known in (('first', True), ('second', True), ('unknown', False)):
+        assert catalog.set_production('localization_model', run) == known
+        assert [entry['mlflow_run_id'] for entry in catalog.models() if entry['is_production']] == [run] * known
     fails(lambda: catalog.add_model('m', 'levels', metrics={'nees': float('nan')}), 'JSON')
 
 
