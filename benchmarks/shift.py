@@ -138,9 +138,9 @@ def shifted(config, data: TimedData, test: TimedData, count: int) -> dict[str, T
             places.append(place)
     other = load_scene(config.scene, scene.seed + 1, config.test_seed)
     sets['ring'] = simulated(config, data, f'shift: ring {count}', count,
-                             lambda: simulate_sessions(scene, 'test', numbers=range(count), at=np.array(places)))
+                             lambda rows: simulate_sessions(scene, 'test', numbers=rows, at=np.array(places)[rows]))
     sets['other terrain'] = simulated(config, data, f'shift: terrain {scene.seed + 1} {count}', count,
-                                      lambda: simulate_sessions(other, 'test', config.seed, range(count)))
+                                      lambda rows: simulate_sessions(other, 'test', config.seed, rows))
     return sets
 
 
