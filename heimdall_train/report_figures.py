@@ -192,9 +192,10 @@ def conditions_figure(
     if not table['timed'].any():
         del panels['receivers with a disciplined clock']
     panels['receivers that heard it'] = _groups(table['heard'].to_numpy(float))
-    counts = table['source'].value_counts()
-    if (counts > 1).mean() > 0.5 and len(counts) <= 12:
-        panels['source'] = _groups(table['source'].to_numpy(float), most=12)
+    source, counts = table['source'].to_numpy(), table['source'].value_counts()
+    if (counts > 1).mean() > 0.5:
+        worst = sorted(counts.index, key=lambda each: -np.median(judged.distance[source == each]))[:12]
+        panels['source' if len(counts) <= 12 else f'source: the 12 worst of {len(counts)}'] = [(f'{each}', np.flatnonzero(source == each)) for each in worst]
     else:
         panels['distance from the middle of the area (km)'] = _groups(np.hypot(*(judged.truth - judged.truth.mean(axis=0)).T) / 1000)
     figure = ReportFigure(figsize=(9.6, 3.2 * ((len(panels) + 1) // 2)), dpi=100, layout='constrained')
@@ -252,9 +253,9 @@ def session_figure(
         shown = [axes[0, place].imshow(levels[place], origin='lower', aspect='auto', cmap='cividis', vmin=span[0], vmax=span[1], extent=(0, 32, -64, 64)),
                  axes[1, place].imshow(coherence[place], origin='lower', aspect='auto', cmap='viridis', vmin=0, vmax=1, extent=(0, 32, -64, 64))]
         axes[0, place].set_title(name if heard[place] else f'{name}\n(not heard)', fontsize=7)
-        axes[1, place].set_xlabel('frame', fontsize=7)
+        axes[1, place].set_xlabel('time (1/32 of\nthe recording)', fontsize=7)
     for row, (image, label) in enumerate(zip(shown, ('level (dB)', 'coherence (0 to 1)'), strict=True)):
-        axes[row, 0].set_ylabel('mel band', fontsize=7)
+        axes[row, 0].set_ylabel('frequency (mel band, carrier: 0)', fontsize=7)
         figure.colorbar(image, ax=list(axes[row]), label=label)
     for axis in axes.flat:
         axis.tick_params(labelsize=6)
