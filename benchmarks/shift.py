@@ -6,48 +6,120 @@ flagged hold the truth in 80 % or more. A receiver whose time no other can check
 
     python benchmarks/shift.py RUN [RUN …] [--test-sessions FILE …] [--sessions 300] [--out DIR]
 
-RUN is a finished run folder of `train` (or of `benchmarks/accuracy.py`), with what its sessions come from still there. A run of before models had conformal
+RUN is a finished run folder of `train` or of `benchmarks/accuracy.py` (DIR/SCENE-SEED), with what its sessions come from still there; runs of the same scene
+or dataset are seeds of one another and are pooled: counts of the ellipses added, AUROC and share flagged averaged. A run that is judged is kept in DIR/runs
+and read the next time, if neither its model nor the options have changed. A run of before models had conformal
 radii and typicality gets them here, from its best checkpoint and the half of its validation sessions that the pipeline would keep for it (its epoch was
 chosen on both halves then). Simulated sets: `ring` (sources 0.5 to 3 km outside the zone), `missing 2` (receivers taken away, never the reference),
 `other terrain` (the scene with another scene seed: maps of another country), `clock 1 µs` (of one receiver, never the reference's, in every session). FILE
-names sessions of the run's dataset that it neither learnt nor was calibrated on, such as POWDER's `april` (train with a test file that has both: those of
-a FILE are taken out of `test` here). Seconds to minutes a run on two cores. DIR/shift.json has the figures, DIR/shift.md the table.
+names sessions of the run's dataset that it neither learnt nor was calibrated on; those of a FILE are taken out of `test` here. For POWDER's `april`:
+
+    cat grid_test.txt april.txt > both.txt       # in $HEIMDALL_DATA/powder_frs/splits
+    heimdall-train train … --test-sessions both.txt --out RUN
+    python benchmarks/shift.py RUN … --test-sessions april.txt
+
+Seconds to minutes a run on two cores. DIR/shift.json has the figures, DIR/shift.md the tables.
 """
 
 import argparse
+import hashlib
+import json
+import os
 import platform
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import yaml
 from accuracy import simulated, without, write
 
 from heimdall_train.calibration import conformal_interval
 from heimdall_train.dataset import Split, TimedData, block_folds
+from heimdall_train.features import LevelData
 from heimdall_train.metrics import COVERAGE_LEVELS, clopper_pearson, evaluate_positions, mahalanobis_squared
 from heimdall_train.typicality import auroc
 
+AIMS = {'test': {'flagged': 0.05}, 'clock 1 µs': {'auroc': 0.9}, 'other terrain': {'auroc': 0.9}}  # flagged at most, AUROC at least
+COVERED = 0.80  # share of the 90 % ellipses of what is not flagged that hold the truth, at least, on every set
+
 
 def main() -> None:
-    """Judge each run on each set; write and print the table."""
+    """Judge each run on each set; write and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('runs', metavar='RUN', type=Path, nargs='+')
     parser.add_argument('--test-sessions', metavar='FILE', type=Path, nargs='*', default=[])
     parser.add_argument('--sessions', type=int, default=300, help='of each simulated set, at most')
     parser.add_argument('--out', type=Path, default=Path('runs/shift'))
     options = parser.parse_args()
-    runs = {str(run): judge(run, options) for run in options.runs}
+    print(__doc__.split('\n\n')[1])
+    runs: dict[str, dict] = {}
+    for run in options.runs:
+        runs[str(run)] = kept(run, options)
     about = {
         'benchmark': 'shift',
         'date': datetime.now(UTC).date().isoformat(),
-        'hardware': platform.machine(),
+        'hardware': f'{platform.machine()}, {os.cpu_count()} cores, no GPU',
         'versions': {name: version(name) for name in ('heimdall-train', 'torch', 'numpy')},
     }
-    write(options.out / 'shift.json', {**about, 'sessions': options.sessions, 'runs': runs})
-    (options.out / 'shift.md').write_text(markdown(runs))
-    print(markdown(runs))
+    pooled = pool(runs)
+    write(options.out / 'shift.json', {**about, 'sessions': options.sessions, 'pooled': pooled, 'runs': runs})
+    text = f'{markdown({name: found["sets"] for name, found in runs.items()})}\n{pooled_markdown(pooled)}'
+    (options.out / 'shift.md').write_text(text)
+    print(text)
+
+
+def kept(run: Path, options: argparse.Namespace) -> dict:
+    """What was found for a run before, or is now."""
+    if not (run / 'model.safetensors').is_file():
+        sys.exit(f'{run}: no finished run here: train first (benchmarks/accuracy.py leaves them as DIR/SCENE-SEED)')
+    settings = {'model': hashlib.sha256((run / 'model.safetensors').read_bytes()).hexdigest(), 'sessions': options.sessions}
+    settings['files'] = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in options.test_sessions}
+    path = options.out / 'runs' / f'{run.name}-{settings["model"][:8]}.json'
+    if path.exists() and (found := json.loads(path.read_text()))['settings'] == settings:
+        print(f'{run}: read from {path}')
+        return found
+    print(f'{run}: judging', flush=True)
+    of_run = yaml.safe_load((run / 'config.yaml').read_text())
+    about = {name: of_run.get(name) for name in ('scene', 'scene_seed', 'test_seed', 'dataset', 'gain_drift', 'heads')}
+    write(path, {'settings': settings, 'of': about, 'seed': of_run.get('seed'), 'sets': judge(run, options)})
+    return json.loads(path.read_text())
+
+
+def pool(runs: dict[str, dict]) -> dict[str, dict]:
+    """Seeds of the same scene or dataset together, by set, with what was aimed at."""
+    alike: dict[str, list[dict]] = {}
+    for found in runs.values():
+        about = found['of']
+        others = {name: about[name] for name in ('scene_seed', 'test_seed', 'gain_drift', 'heads') if about[name] not in (None, 0.0, 1)}
+        label = ', '.join([str(about['scene'] or about['dataset']), *(f'{name} {value}' for name, value in others.items())])
+        alike.setdefault(label, []).append(found)
+
+    def share(every: list[dict], kind: str, part: str) -> dict | None:
+        values = [one[kind][part] for one in every if one[kind][part] is not None]
+        total, inside = sum(value['n'] for value in values), sum(round(value['share'] * value['n']) for value in values)
+        return {'share': inside / total, 'interval': clopper_pearson(inside, total), 'n': total} if total else None
+
+    result: dict[str, dict] = {}
+    for label, found in alike.items():
+        result[label] = {'seeds': [one['seed'] for one in found], 'sets': {}}
+        for name in found[0]['sets']:
+            every = [one['sets'][name] for one in found if name in one['sets']]
+            aucs, flagged = [one['auroc'] for one in every], [one['flagged'] for one in every]
+            typical = share(every, 'gaussian_90', 'typical')
+            met = {'coverage of what is not flagged': None if typical is None else typical['interval'][1] >= COVERED}
+            met |= {what: np.mean(flagged) <= aim if what == 'flagged' else np.mean(aucs) > aim for what, aim in AIMS.get(name, {}).items()}
+            result[label]['sets'][name] = {
+                'n': sum(one['n'] for one in every),
+                'auroc': float(np.mean(aucs)),
+                'auroc_range': [min(aucs), max(aucs)],
+                'flagged': float(np.mean(flagged)),
+                **{kind: {part: share(every, kind, part) for part in ('all', 'typical')} for kind in ('gaussian_90', 'conformal_90')},
+                'met': {what: None if value is None else bool(value) for what, value in met.items()},
+            }
+    return result
 
 
 def judge(folder: Path, options: argparse.Namespace) -> dict:
@@ -71,6 +143,8 @@ def judge(folder: Path, options: argparse.Namespace) -> dict:
     sets = {'test': test}
     if isinstance(data, TimedData):
         sets |= shifted(config, data, test, min(options.sessions, len(test)))
+    else:
+        sets['missing 2'] = fewer(test)
     sets |= {name: _refuse_known(data, split, ids) for name, ids in files.items()}
     usual, found = typicality(model, test), {}
     threshold, radii = float(model.typicality.threshold), dict(zip(COVERAGE_LEVELS, model.conformal_radii.tolist(), strict=True))
@@ -115,6 +189,13 @@ def calibrated_anew(config, data, split: Split, folder: Path):
     return model
 
 
+def fewer(test: LevelData) -> LevelData:
+    """Level sessions that five receivers or more heard, without two of them."""
+    draws = np.where(test.heard, np.random.default_rng(0).random(test.heard.shape), np.inf)
+    gone = test.heard & (draws.argsort(axis=1).argsort(axis=1) < 2)
+    return replace(test, levels=np.where(gone, np.nan, test.levels).astype(np.float32)).take(np.flatnonzero(test.heard.sum(axis=1) >= 2 + 3))
+
+
 def shifted(config, data: TimedData, test: TimedData, count: int) -> dict[str, TimedData]:
     """The simulated sets."""
     from heimdall_train.data import config_scene
@@ -138,9 +219,9 @@ def shifted(config, data: TimedData, test: TimedData, count: int) -> dict[str, T
             places.append(place)
     other = load_scene(config.scene, scene.seed + 1, config.test_seed)
     sets['ring'] = simulated(config, data, f'shift: ring {count}', count,
-                             lambda: simulate_sessions(scene, 'test', numbers=range(count), at=np.array(places)))
+                             lambda rows: simulate_sessions(scene, 'test', numbers=rows, at=np.array(places)[rows]))
     sets['other terrain'] = simulated(config, data, f'shift: terrain {scene.seed + 1} {count}', count,
-                                      lambda: simulate_sessions(other, 'test', config.seed, range(count)))
+                                      lambda rows: simulate_sessions(other, 'test', config.seed, rows))
     return sets
 
 
@@ -157,6 +238,24 @@ def markdown(runs: dict[str, dict]) -> str:
             shares = [told(found[kind][part]) for kind in ('gaussian_90', 'conformal_90') for part in ('all', 'typical')]
             errors = f'{found["model"]["median_m"]:.0f} | {found["model"]["p95_m"]:.0f}'
             lines.append(f'| {Path(run).name} | {name} | {found["n"]} | {errors} | {found["auroc"]:.3f} | {found["flagged"]:.3f} | {" | ".join(shares)} |')
+    return '\n'.join([*lines, ''])
+
+
+def pooled_markdown(pooled: dict[str, dict]) -> str:
+    """A row a set, seeds pooled, with the aims that are met and missed."""
+    lines = ['| scene or dataset | seeds | set | n | AUROC (range) | flagged | 90 % ellipse: all | not flagged (95 % interval) | aims |',
+             '|---|---:|---|---:|---:|---:|---:|---:|---|']
+
+    def told(value: dict | None) -> str:
+        return '–' if value is None else f'{value["share"]:.3f} ({value["interval"][0]:.2f}–{value["interval"][1]:.2f})'
+
+    words = {True: 'met', False: 'MISSED', None: 'nothing left to judge'}
+    for label, found in pooled.items():
+        for name, values in found['sets'].items():
+            auroc = f'{values["auroc"]:.3f} ({values["auroc_range"][0]:.2f}–{values["auroc_range"][1]:.2f})'
+            shares = [told(values['gaussian_90'][part]) for part in ('all', 'typical')]
+            aims = ', '.join(f'{what} {words[met]}' for what, met in values['met'].items())
+            lines.append(f'| {label} | {len(found["seeds"])} | {name} | {values["n"]} | {auroc} | {values["flagged"]:.3f} | {" | ".join(shares)} | {aims} |')
     return '\n'.join([*lines, ''])
 
 

@@ -36,6 +36,7 @@ class Config(BaseSettings):
     epochs: int = Field(8, ge=1, le=100, description='epochs that the one cycle spans')
     batch_size: int = Field(64, ge=2, le=4096, description='sessions a step')
     learning_rate: float = Field(1e-3, gt=0, le=1, description='highest learning rate of the cycle')
+    heads: int = Field(1, ge=1, le=16, description='corrections with uncertainties of their own on the one backbone, moment-matched')
     resume: bool = Field(False, description='go on from the last checkpoint of the run folder')
     gain_drift: float = Field(
         0.0, ge=0, le=30, description='dB by which gains may have changed since training; above 0 silence means nothing either'

@@ -12,13 +12,16 @@ import torch
 
 # %% ../nbs/55_loss.ipynb #5adce070
 def gaussian_nll(
-    position: torch.Tensor,  # metres east and north, shape (B, 2)
-    covariance: torch.Tensor,  # m², shape (B, 2, 2)
+    position: torch.Tensor,  # metres east and north, shape (B, 2); or of K heads, (B, K, 2): the mean of each one's own loss
+    covariance: torch.Tensor,  # m², shape (B, 2, 2); or (B, K, 2, 2)
     target: torch.Tensor,  # metres east and north, shape (B, 2)
     source_error: torch.Tensor | None = None,  # metres, standard deviation of the target, shape (B,)
     beta: float = 0.0,  # 0: likelihood; 1: the mean is fitted as by squared error
 ) -> torch.Tensor:  # nats, the mean over the batch; weighed where beta > 0
     "Mean Gaussian negative log-likelihood of the targets; the 2 x 2 inverse is written out."
+    if position.ndim == 3:
+        of_heads = zip(position.unbind(dim=1), covariance.unbind(dim=1), strict=True)
+        return torch.stack([gaussian_nll(*answer, target, source_error, beta) for answer in of_heads]).mean()
     error, matrix = (target - position).double(), covariance.double()
     variance_east, variance_north, shared = matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, 0, 1]
     if source_error is not None:

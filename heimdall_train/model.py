@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOURIER_OCTAVES', 'FIX_SIZE', 'SUMMARY_SIZE', 'backbone', 'cholesky_2x2', 'fourier_features', 'describe_fix',
-           'summarise', 'Correction', 'LocalizationNet', 'localize']
+           'summarise', 'Correction', 'match_moments', 'Heads', 'corrections', 'LocalizationNet', 'localize']
 
 # %% ../nbs/50_model.ipynb #0c1e82e9
 import torch
@@ -109,6 +109,42 @@ class Correction(nn.Module):
         reshaped = factor @ torch.stack([diagonal[:, 0], torch.zeros_like(diagonal[:, 0]), raw[:, 2], diagonal[:, 1]], dim=1).reshape(-1, 2, 2)
         return position + (factor @ correction[..., None])[..., 0], reshaped @ reshaped.transpose(1, 2)
 
+# %% ../nbs/50_model.ipynb #2d6ca9c3
+def match_moments(
+    positions: torch.Tensor,  # metres, of K Gaussians, shape (B, K, 2)
+    covariances: torch.Tensor,  # m², shape (B, K, 2, 2)
+) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2)
+    "Mean and covariance of an equal mixture: the mean covariance, and that of the means."
+    position = positions.mean(dim=1)
+    apart = positions - position[:, None]
+    return position, covariances.mean(dim=1) + (apart.unsqueeze(3) * apart.unsqueeze(2)).mean(dim=1)
+
+
+class Heads(nn.ModuleList):
+    "Several corrections of the same fix by the same features."
+
+    def forward(
+        self,
+        features: torch.Tensor,  # of order one, shape (B, features)
+        position: torch.Tensor,  # metres, of the fix, shape (B, 2)
+        factor: torch.Tensor,  # Cholesky factor of the fix's covariance, shape (B, 2, 2)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # as of `Correction`; in training those of each head, (B, K, 2) and (B, K, 2, 2)
+        "One answer, of all heads together; in training each head's own, for its own loss."
+        answers = [head(features, position, factor) for head in self]
+        positions, covariances = (torch.stack(values, dim=1) for values in zip(*answers, strict=True))
+        return (positions, covariances) if self.training else match_moments(positions, covariances)
+
+
+def corrections(
+    heads: int,  # how many, K
+    features: int,  # how many
+    width: int,  # of the hidden layers
+    dropout: float,  # of the hidden layers
+) -> Correction | Heads:
+    "One correction, or several."
+    made = [Correction(features, width, dropout) for _ in range(heads)]
+    return made[0] if heads == 1 else Heads(made)
+
 # %% ../nbs/50_model.ipynb #1e3d1573
 class LocalizationNet(nn.Module):
     "Levels of R receivers → position and covariance, by correcting a level anchor."
@@ -126,9 +162,10 @@ class LocalizationNet(nn.Module):
         statistics: LevelStatistics,  # of the training sources
         width: int = 128,  # of the layers that join everything
         dropout: float = 0.3,  # of the layers that join everything
+        heads: int = 1,  # corrections, moment-matched
     ):
         super().__init__()
-        self.network, self.frame, self.anchor, self.width = network, frame, anchor, width
+        self.network, self.frame, self.anchor, self.width, self.heads = network, frame, anchor, width, heads
         self.description: dict = {}
         self.register_buffer('level_mean', torch.as_tensor(statistics.mean))
         self.register_buffer('level_deviation', torch.as_tensor(statistics.deviation))
@@ -138,7 +175,7 @@ class LocalizationNet(nn.Module):
         self.typicality = Typicality(3)
         self.backbone = backbone(len(network))
         self.narrowed = nn.Sequential(nn.Linear(512, 64), nn.SiLU(), nn.Dropout(dropout))
-        self.correction = Correction(64 + len(network) + SUMMARY_SIZE, width, dropout)
+        self.correction = corrections(heads, 64 + len(network) + SUMMARY_SIZE, width, dropout)
 
     def forward(
         self,
@@ -167,7 +204,7 @@ class LocalizationNet(nn.Module):
         self,
         inputs: tuple[torch.Tensor, ...],  # levels in dB, 0 where not heard, and heard, each of shape (B, R)
         fix: Fix,  # what an anchor makes of them
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first; of several heads in training, each one's
         "Correct a given anchor's fix."
         levels, heard = inputs[0], inputs[1] * self.anchor.known
         standardised = (levels - self.level_mean) / self.level_deviation * heard

@@ -40,6 +40,7 @@ def save_model(
         'network': model.network.to_dict(),
         'frame': asdict(model.frame),
         'width': model.width,
+        'heads': model.heads,
         'recording': [model.sample_rate, model.samples] if isinstance(model, TimedNet) else None,
         'description': description or {},
     }
@@ -56,15 +57,16 @@ def load_model(
             header = json.loads(file.metadata()['heimdall_train'])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         network, frame = Network.from_dict(header['network']), Frame(**header['frame'])
+        heads = header.get('heads', 1)  # which models of before 0.2 do not say
         model: Model
         if header['kind'] == 'timed':
             rate, samples = header['recording']
             statistics = TimedStatistics(*(tensors[name] for name in TimedStatistics._fields))
             anchors = _surveyed(tensors, 'anchor.'), _level_anchor(tensors, 'level_anchor.')
-            model = TimedNet(network, frame, *anchors, statistics, rate, samples, header['width'])
+            model = TimedNet(network, frame, *anchors, statistics, rate, samples, header['width'], heads=heads)
         else:
             of_levels = LevelStatistics(tensors['level_mean'].numpy(), tensors['level_deviation'].numpy())
-            model = LocalizationNet(network, frame, _level_anchor(tensors, 'anchor.'), of_levels, header['width'])
+            model = LocalizationNet(network, frame, _level_anchor(tensors, 'anchor.'), of_levels, header['width'], heads=heads)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         lacking = [name for name in missing if name != 'conformal_radii' and not name.startswith('typicality.')]  # which models of before 0.2 do not have
         if lacking or unexpected:

@@ -197,7 +197,7 @@ def _prepare_levels(config: Config, training: LevelData, validation: LevelData, 
         f'silence {"counts" if silence else "does not count"} ({time.perf_counter() - started:.0f} s)'
     )
     torch.manual_seed(config.seed)
-    model = LocalizationNet(network, frame, anchor, level_statistics(training.levels))
+    model = LocalizationNet(network, frame, anchor, level_statistics(training.levels), heads=config.heads)
     settings = {'silence_weight': silence, 'tempering': tempering, **{name: float(value) for name, value in vars(kriging).items()}}
     return model, anchors, validation, settings, refit
 
@@ -254,7 +254,9 @@ def _prepare_timed(config: Config, training: TimedData, validation: TimedData, f
     )
     torch.manual_seed(config.seed)
     statistics = timed_statistics(training, frame)
-    model = TimedNet(network, frame, anchor_with(excess, levels), of_levels(training), statistics, training.sample_rate, training.samples)
+    model = TimedNet(
+        network, frame, anchor_with(excess, levels), of_levels(training), statistics, training.sample_rate, training.samples, heads=config.heads
+    )
     settings = {f'excess_{name}_m': float(value) for name, value in vars(of_excess).items()}
     settings |= {'level_length_m': of_level.length, 'level_deviation_db': of_level.deviation, 'level_nugget_db': of_level.nugget}
     settings['path_loss_exponent'] = exponent
@@ -298,7 +300,8 @@ def _identity(config: Config, data: LevelData, split: Split) -> dict:
     "What a training that goes on must share with the one that began."
     parts = hashlib.sha256(json.dumps([split.train, split.validation, split.test]).encode()).hexdigest()
     settings = {name: getattr(config, name) for name in ('seed', 'epochs', 'batch_size', 'learning_rate', 'gain_drift')}
-    return {**settings, 'dataset_digest': data.digest, 'split': parts}
+    several = {'heads': config.heads} if config.heads > 1 else {}  # trainings of before there were several go on
+    return {**settings, **several, 'dataset_digest': data.digest, 'split': parts}
 
 
 def _as_begun(config: Config) -> Config:

@@ -192,9 +192,10 @@ def conditions_figure(
     if not table['timed'].any():
         del panels['receivers with a disciplined clock']
     panels['receivers that heard it'] = _groups(table['heard'].to_numpy(float))
-    counts = table['source'].value_counts()
-    if (counts > 1).mean() > 0.5 and len(counts) <= 12:
-        panels['source'] = _groups(table['source'].to_numpy(float), most=12)
+    source, counts = table['source'].to_numpy(), table['source'].value_counts()
+    if (counts > 1).mean() > 0.5:
+        worst = sorted(counts.index, key=lambda each: -np.median(judged.distance[source == each]))[:12]
+        panels['source' if len(counts) <= 12 else f'source: the 12 worst of {len(counts)}'] = [(f'{each}', np.flatnonzero(source == each)) for each in worst]
     else:
         panels['distance from the middle of the area (km)'] = _groups(np.hypot(*(judged.truth - judged.truth.mean(axis=0)).T) / 1000)
     figure = ReportFigure(figsize=(9.6, 3.2 * ((len(panels) + 1) // 2)), dpi=100, layout='constrained')
@@ -252,11 +253,11 @@ def session_figure(
     for axis, (values, label, colours, (low, high)) in zip(figure.subplots(2, 1, sharex=True), shown, strict=True):
         row = np.pad(values, ((0, 0), (0, 0), (0, 2)), constant_values=np.nan).transpose(1, 0, 2).reshape(maps.shape[1], -1)
         image = axis.imshow(row, origin='lower', aspect='auto', cmap=colours, vmin=low, vmax=high, extent=(0, count * step, -64, 64))
-        axis.set_ylabel('mel band', fontsize=7)
+        axis.set_ylabel('frequency (mel band, carrier: 0)', fontsize=7)
         axis.tick_params(labelsize=7, length=0)
         axis.set_xticks(np.arange(count) * step + frames / 2, [name if known else f'{name}\n(not heard)' for name, known in zip(names, heard, strict=True)])
         figure.colorbar(image, ax=axis, label=label)
-    axis.set_xlabel(f'receivers, each with {frames} frames of its recording from left to right', fontsize=7)
+    axis.set_xlabel(f'receivers, each with its recording from left to right (1/{frames} of it a column)', fontsize=7)
     return figure
 
 # %% ../nbs/87_report_figures.ipynb #e6eba02e

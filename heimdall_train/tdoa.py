@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EARTH_RADIUS', 'START_CELLS', 'START_MARGIN', 'STARTS', 'START_WINDOW', 'ITERATIONS', 'WIDENED', 'WITHOUT', 'FREEDOM',
            'EXCLUDED_COST', 'NEIGHBOURS', 'OUTLIER_SQUARE', 'MINIMUM_PLACES', 'SWEEPS', 'FINENESS', 'MAP_CELLS',
-           'DelayNoise', 'delay_variance', 'ExcessKriging', 'ExcessMaps', 'constant_maps', 'TdoaFix', 'Linearisation',
-           'SurveyedArea', 'TdoaAnchor', 'Neighbourhood', 'excess_covariance', 'neighbourhoods', 'Departures',
-           'ExcessSurvey', 'choose_excess_kriging', 'fit_excess_maps', 'fit_tdoa_anchor', 'for_each_fold',
-           'cross_fit_tdoa']
+           'MARGIN', 'DelayNoise', 'delay_variance', 'ExcessKriging', 'ExcessMaps', 'constant_maps', 'TdoaFix',
+           'Linearisation', 'SurveyedArea', 'TdoaAnchor', 'Neighbourhood', 'excess_covariance', 'neighbourhoods',
+           'Departures', 'ExcessSurvey', 'choose_excess_kriging', 'variance_beyond', 'fit_excess_maps',
+           'fit_tdoa_anchor', 'for_each_fold', 'cross_fit_tdoa']
 
 # %% ../nbs/46_tdoa.ipynb #8f2b5376
 import math
@@ -435,14 +435,15 @@ class Neighbourhood:
         values: np.ndarray,  # metres, at the places, of mean zero, shape (M,)
         variance: np.ndarray,  # m², of their noise, shape (M,)
         kriging: ExcessKriging,  # hyper-parameters
-    ) -> tuple[np.ndarray, np.ndarray]:  # mean in metres and variance in m² at the targets, each of shape (G,)
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # at the targets mean in metres, variance in m², weight that the mean of zero keeps, each of shape (G,)
         "Simple kriging with a Matérn-3/2 covariance."
         covariance = excess_covariance(self.among, kriging)
         diagonal = np.arange(self.index.shape[1])
         covariance[:, diagonal, diagonal] += variance[self.index]
         across = excess_covariance(self.across, kriging)
         weights = np.linalg.solve(covariance, across[:, :, None])[:, :, 0]
-        return (weights * values[self.index]).sum(axis=1), np.maximum(kriging.deviation**2 - (weights * across).sum(axis=1), 0)
+        variance_left = np.maximum(kriging.deviation**2 - (weights * across).sum(axis=1), 0)
+        return (weights * values[self.index]).sum(axis=1), variance_left, 1 - weights.sum(axis=1)
 
 
 def excess_covariance(
@@ -574,7 +575,7 @@ def choose_excess_kriging(
     def unlikeliness(logarithms: np.ndarray) -> float:
         kriging, total = candidate(logarithms), 0.0
         for neighbourhood, values, noise, chosen in columns:
-            mean, spread = neighbourhood.krige(values - np.average(values, weights=1 / (noise + deviation**2)), noise + kriging.nugget**2, kriging)
+            mean, spread, _ = neighbourhood.krige(values - np.average(values, weights=1 / (noise + deviation**2)), noise + kriging.nugget**2, kriging)
             mean = mean + np.average(values, weights=1 / (noise + deviation**2))
             spread = spread + noise[chosen] + kriging.nugget**2
             square = (values[chosen] - mean) ** 2 / spread
@@ -587,8 +588,19 @@ def choose_excess_kriging(
     return candidate(minimize(unlikeliness, first, method='Nelder-Mead', options={'initial_simplex': simplex, 'maxfev': 30, 'xatol': 0.03, 'fatol': 1e-3}).x)
 
 # %% ../nbs/46_tdoa.ipynb #4de6da8b
+def variance_beyond(
+    places: np.ndarray,  # metres east and north, of the survey, shape (M, 2)
+    kriging: ExcessKriging,  # hyper-parameters; the deviation is that within the survey
+) -> float:  # m²
+    "What to add to the variance far from a survey: its mean is an estimate, and its scatter is less than that of the country."
+    some = places[np.linspace(0, len(places) - 1, min(len(places), 500)).astype(int)]
+    distance = np.linalg.norm(some[:, None] - some, axis=2)
+    correlation = min(float(excess_covariance(distance, kriging).mean()) / kriging.deviation**2, 0.5)  # of a survey smaller than a length nothing is known
+    return 2 * correlation / (1 - correlation) * kriging.deviation**2
+
+# %% ../nbs/46_tdoa.ipynb #0ce30121
 SWEEPS = 3  # of backfitting
-FINENESS, MAP_CELLS = 8, 100_000  # grid points a length, as long as there are no more than so many in all
+FINENESS, MAP_CELLS, MARGIN = 8, 100_000, 2  # grid points a length, as long as there are no more than so many in all; lengths beyond the sources
 
 
 @one_blas_thread
@@ -612,7 +624,7 @@ def fit_excess_maps(
             observed, noise = survey.partial(excess, variance, settings.nugget)
         squares = [_left_out(survey, receiver, observed, noise, settings, excess, variance) for receiver in range(len(survey.known))]
     observed, noise = survey.partial(excess, variance, settings.nugget)
-    low, high = survey.places.min(axis=0) - settings.length, survey.places.max(axis=0) + settings.length
+    low, high = survey.places.min(axis=0) - MARGIN * settings.length, survey.places.max(axis=0) + MARGIN * settings.length
     pitch = max(settings.length / fineness, float(np.sqrt(np.prod(high - low) / MAP_CELLS)))
     axes = [low[axis] + pitch * np.arange(int(np.ceil((high[axis] - low[axis]) / pitch)) + 1) for axis in range(2)]
     grid = np.stack(np.meshgrid(*axes), axis=-1)
@@ -638,7 +650,7 @@ def _left_out(survey, receiver, observed, noise, kriging, excess, variance) -> n
     constant = np.average(values, weights=1 / (of_noise + kriging.deviation**2))
     mean, spread = np.empty(len(values)), np.empty(len(values))
     for piece, neighbourhood in neighbourhoods(survey.places[numbers]):
-        mean[piece], spread[piece] = neighbourhood.krige(values - constant, of_noise, kriging)
+        mean[piece], spread[piece], _ = neighbourhood.krige(values - constant, of_noise, kriging)
     rows = survey.timed[:, receiver]
     place = np.searchsorted(numbers, survey.place[rows])
     excess[rows, receiver], variance[rows, receiver] = constant + mean[place], spread[place]
@@ -650,9 +662,11 @@ def _map(survey, receiver, observed, noise, kriging, targets, squares) -> np.nda
     mean, variance, scale = np.zeros(len(targets)), np.full(len(targets), kriging.deviation**2), np.ones(len(targets))
     if survey.known[receiver]:
         numbers, values, of_noise = survey.at_places(receiver, observed, noise)
+        unseen = variance_beyond(survey.places[numbers], kriging)
         constant, limited = np.average(values, weights=1 / (of_noise + kriging.deviation**2)), np.minimum(squares, OUTLIER_SQUARE)
         for piece, neighbourhood in neighbourhoods(survey.places[numbers], targets):
-            mean[piece], variance[piece] = neighbourhood.krige(values - constant, of_noise, kriging)
+            mean[piece], simple, kept = neighbourhood.krige(values - constant, of_noise, kriging)
+            variance[piece] = simple + kept**2 * unseen
             scale[piece] = (limited[neighbourhood.index].sum(axis=1) + 10 * limited.mean()) / (neighbourhood.index.shape[1] + 10)
         mean = mean + constant
     return np.stack([mean, np.sqrt(variance * scale)])

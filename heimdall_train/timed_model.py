@@ -20,7 +20,7 @@ from .disagreement import disagreement
 from .expected_levels import Surveyed
 from .geodesy import Frame
 from .iq_features import FeatureExtractor
-from .model import FIX_SIZE, Correction, backbone, cholesky_2x2, describe_fix
+from .model import FIX_SIZE, backbone, cholesky_2x2, corrections, describe_fix
 from .network import Network
 from .typicality import Typicality, agreement_figures
 
@@ -191,9 +191,10 @@ class TimedNet(nn.Module):
         samples: int,  # of a recording
         width: int = 64,  # of the layers that join everything
         dropout: float = 0.1,  # of the layers that join everything
+        heads: int = 1,  # corrections, moment-matched
     ):
         super().__init__()
-        self.network, self.frame, self.width = network, frame, width
+        self.network, self.frame, self.width, self.heads = network, frame, width, heads
         self.anchor, self.level_anchor = anchor, level_anchor
         self.sample_rate, self.samples = sample_rate, samples
         self.description: dict = {}
@@ -206,7 +207,7 @@ class TimedNet(nn.Module):
         self.backbone = backbone(3 * len(network))
         self.narrowed = nn.Sequential(nn.Linear(512, SEEN), nn.SiLU(), nn.Dropout(dropout))
         self.opinions = Opinions(RECEIVER_FEATURES, SEEN + FIX_SIZE + SESSION_FEATURES, len(network), width, dropout)
-        self.correction = Correction(2 * width + FIX_SIZE, width, dropout)
+        self.correction = corrections(heads, 2 * width + FIX_SIZE, width, dropout)
 
     def forward(
         self,
@@ -271,7 +272,7 @@ class TimedNet(nn.Module):
         self,
         inputs: tuple[torch.Tensor, ...],  # as of `forward`
         fix: TimedFix,  # from `locate`
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first; of several heads in training, each one's
         "Correct a given fix."
         late, trust, summary = self.judge(inputs, fix)
         return self.conclude(summary, *another_step(fix, late, trust))

@@ -51,7 +51,7 @@ def prepare(train: int = 48, validation: int = 80, small: bool = True) -> Job:
 
 
 def train(job: Job, folder: Path, resume: bool = False, workers: int = 0, callbacks: tuple = (), seed: int = 0, poison: int | None = None,
-          threads: int = 1) -> None:
+          threads: int = 1, heads: int = 1) -> None:
     """Train, from the beginning or from the last checkpoint; the outcome is in outcome.json, what was said in said.txt.
 
     The targets of the training session with the number `poison` are spoilt. Like the command, this ends with code 2 where there is an error.
@@ -63,7 +63,7 @@ def train(job: Job, folder: Path, resume: bool = False, workers: int = 0, callba
     identity = {'epochs': EPOCHS, 'seed': seed, 'data': job.training.digest}
     try:
         saved = load_latest(folder / 'checkpoints', identity, say) if resume else None
-        learner = build(job, seed, workers)
+        learner = build(job, seed, workers, heads)
         if poison is not None:
             learner.dls.train_ds.targets[poison] = float('nan')
         fit(learner, EPOCHS, folder / 'checkpoints', callbacks=[
@@ -80,11 +80,11 @@ def train(job: Job, folder: Path, resume: bool = False, workers: int = 0, callba
     }))
 
 
-def build(job: Job, seed: int, workers: int) -> ResumableLearner:
+def build(job: Job, seed: int, workers: int, heads: int = 1) -> ResumableLearner:
     "A learner as `heimdall-train train` makes it, with workers."
     seed_everything(seed)
     network = job.training.network
-    model = LocalizationNet(network, network.frame(), job.anchor, level_statistics(job.training.levels))
+    model = LocalizationNet(network, network.frame(), job.anchor, level_statistics(job.training.levels), heads=heads)
     learner = new_learner(model, job.anchors, job.training, job.folds, job.validation, batch_size=8, seed=seed)
     for loader in learner.dls.loaders:
         loader.fake_l.num_workers = workers

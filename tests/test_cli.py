@@ -71,7 +71,7 @@ OPTIONS = {
               '--scene', '--scene-seed', '--seed', '--store', '--test-seed', '--test-sessions', '--tracking', '--validation-sessions'],
     'worker': ['--debug'],
 }
-FIELDS = ['allow_rejects', 'batch_size', 'cache', 'catalog', 'dataset', 'epochs', 'gain_drift', 'learning_rate', 'model', 'out', 'resume',
+FIELDS = ['allow_rejects', 'batch_size', 'cache', 'catalog', 'dataset', 'epochs', 'gain_drift', 'heads', 'learning_rate', 'model', 'out', 'resume',
           'scene', 'scene_seed', 'seed', 'store', 'test_seed', 'test_sessions', 'tracking', 'validation_sessions']
 
 

@@ -65,7 +65,7 @@ def train_as_ordered(job, order: dict) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order['file_limit'],) * 2)
     train(job, Path(order['folder']), order.get('resume', False), order.get('workers', 0), (KillAt(),), poison=order.get('poison'),
-          threads=order.get('threads', 1))
+          threads=order.get('threads', 1), heads=order.get('heads', 1))
 
 
 Order = Callable[..., int]
@@ -190,6 +190,14 @@ def test_a_training_keeps_its_number_of_threads(first_process: Order, second_pro
     assert second_process(tmp_path / 'killed', threads=1, resume=True) == 0
     assert said(tmp_path / 'killed') == ['going on with 2 threads, as before', 'going on after epoch 1 of 4']
     assert outcome(tmp_path / 'killed') == outcome(tmp_path / 'undisturbed')
+
+
+def test_several_heads(first_process: Order, second_process: Order, tmp_path: Path):
+    assert first_process(tmp_path / 'undisturbed', heads=3) == 0
+    assert first_process(tmp_path / 'killed', heads=3, place={'epoch': 2, 'batch': 3}) == -signal.SIGKILL
+    assert second_process(tmp_path / 'killed', heads=3, resume=True) == 0
+    assert outcome(tmp_path / 'killed') == outcome(tmp_path / 'undisturbed')
+    assert 'model.correction.2.position_head.weight' in outcome(tmp_path / 'killed')
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_the_epoch_only(undisturbed: str, first_process: Order, second_process: Order, tmp_path: Path):
