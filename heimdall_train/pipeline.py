@@ -152,14 +152,14 @@ def _halves(validation: LevelData, frame, seed: int) -> tuple[LevelData, LevelDa
 
 
 def _conclude(model: 'Model', data: LevelData, training: LevelData, anchors, folds: np.ndarray, tuning: LevelData, held_out: LevelData, refit) -> dict:
-    "Calibrate a trained model and give it its final anchor; how it does on the sessions that it was tuned on, by the anchor of the training."
+    "Calibrate a trained model by the anchor of the training, then give it maps of all that is known; how it did on the sessions that it was tuned on."
     from heimdall_train.training import estimate, finish, promise
 
     finish(model, tuning)
     position, covariance, anchor_position, anchor_covariance = estimate(model, tuning)
     truth = tuning.enu(model.frame)
-    refit(model, data.take(data.rows([*training.ids, *tuning.ids])))
     promise(model, training, anchors, folds, held_out)
+    refit(model, data.take(data.rows([*training.ids, *tuning.ids, *held_out.ids])))
     return {
         'model': evaluate_positions(truth, position, covariance),
         'anchor': evaluate_positions(truth, anchor_position, anchor_covariance),

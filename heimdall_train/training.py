@@ -287,7 +287,7 @@ def typicality(
 
 
 def promise(
-    model: Model,  # finished, with its final anchor; changed in place
+    model: Model,  # finished; changed in place
     training: LevelData,  # sessions that were learnt from
     anchors: Sequence[nn.Module],  # one a fold of the training sources
     folds: np.ndarray,  # fold of each training session
