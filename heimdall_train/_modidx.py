@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'heimdall_train/catalog.py'),
                                         'heimdall_train.catalog._Selection.sessions': ( 'catalog.html#_selection.sessions',
                                                                                         'heimdall_train/catalog.py'),
+                                        'heimdall_train.catalog._among': ('catalog.html#_among', 'heimdall_train/catalog.py'),
                                         'heimdall_train.catalog._bytewise': ('catalog.html#_bytewise', 'heimdall_train/catalog.py'),
                                         'heimdall_train.catalog._choose': ('catalog.html#_choose', 'heimdall_train/catalog.py'),
                                         'heimdall_train.catalog._dataset_names': ( 'catalog.html#_dataset_names',

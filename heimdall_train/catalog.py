@@ -10,6 +10,7 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -279,12 +280,25 @@ class _Selection:
         return query.where(SESSIONS.c.approval_status == 'approved') if self.approved else query
 
 
+def _among(selection: _Selection, wanted: set[str] | None) -> sa.ColumnElement[bool]:
+    "What keeps a database from going through all sessions for a few."
+    if wanted is None or len(wanted) > _PAGE:
+        return sa.true()
+    if selection.dataset is not None:
+        return SESSIONS.c.session_name.in_(wanted)
+    keys = []
+    for name in wanted:
+        with suppress(ValueError):  # no identifier of any session
+            keys.append(uuid.UUID(name))
+    return SESSIONS.c.id.in_(keys)
+
+
 def _read_page(connection: sa.Connection, selection: _Selection, after: Any, wanted: set[str] | None) -> tuple[list[Session], Any]:
     "Some sessions after a row, and the last row that was looked at; None at the end."
     key, start = selection.name, SESSIONS.c.session_start
     order = key if selection.dataset is None else _bytewise(connection, key)
     source = [_or_null(selection.columns, SOURCES.c[name]) for name in ('name', 'latitude', 'longitude', 'altitude_asl', 'error_margin_meters')]
-    query = selection.sessions(SESSIONS.c.id, start, key.label('key'), *source).order_by(start, order).limit(_PAGE)
+    query = selection.sessions(SESSIONS.c.id, start, key.label('key'), *source).order_by(start, order).limit(_PAGE).where(_among(selection, wanted))
     if after is not None:
         query = query.where(start >= after.session_start, (start > after.session_start) | (order > after.key))
     rows = connection.execute(query).all()
@@ -450,7 +464,7 @@ class Catalog:
                 key, network = connection.execute(sa.select(DATASETS.c.id, NETWORKS.c.name).join(NETWORKS).where(DATASETS.c.name == name)).one()
             selection = _Selection(columns, _get_network(connection, columns, network), key, approved, located)
             if wanted:
-                present = {str(found) for found in connection.execute(selection.sessions(selection.name)).scalars()}
+                present = {str(found) for found in connection.execute(selection.sessions(selection.name).where(_among(selection, wanted))).scalars()}
                 missing = sorted(wanted - present)
                 if missing:
                     more = f' (and {len(missing) - 1} more)' if missing[1:] else ''

@@ -335,7 +335,7 @@ def _of_catalog(config: Config) -> _Recorded | None:
 
     def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
         wanted = {ids[row]: marks[ids[row]] for row in rows}  # by name: sessions may have come in since
-        return with_samples(_unchanged(catalog.sessions(dataset.name), wanted), store, lines.append)
+        return with_samples(_unchanged(catalog.sessions(dataset.name, wanted), wanted), store, lines.append)
 
     return _Recorded(network, key, len(ids), recordings, sessions, store)
 
