@@ -167,6 +167,8 @@ def _write_aside(path: Path, fill: Callable[[BinaryIO], object], place: Callable
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
     except OSError as error:
+        if error.errno is None:  # of what fills the file, such as a connection, and not of this machine's disk
+            raise
         raise explain_os_error(f'cannot write {path}', error) from error
 
 

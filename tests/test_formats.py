@@ -1,5 +1,6 @@
 """Files of receivers that differ in format, rate and start end on one time axis; files that somebody damaged end in one line."""
 import json
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import pytest
 
 from heimdall_train.catalog import Catalog
 from heimdall_train.formats import GPS_AHEAD, GPS_EPOCH, WEEK, Capture, on_axis, read_sigmf, read_wav
-from heimdall_train.ingest_recordings import ingest_recordings, read_recordings
+from heimdall_train.ingest import parse_level_table
+from heimdall_train.ingest_recordings import ingest_recordings, read_iq, read_recordings
 from heimdall_train.network import HeimdallError, Network, Receiver
 from heimdall_train.object_store import open_store
-from heimdall_train.store import encode_iq
+from heimdall_train.store import as_complex, encode_iq
 
 START = datetime(2025, 10, 22, 16, 30, tzinfo=UTC)
 DELAYS = {'roof': 0.0, 'mast': 31.4159e-6, 'hill': 123.456e-6, 'tower': 77.7e-6, 'attic': 5e-6}  # seconds
@@ -181,6 +183,32 @@ def test_damaged_wav_files(tmp_path: Path):
 def test_damaged_sigmf_files(tmp_path: Path):
     write_sigmf(tmp_path / 'x.sigmf-meta', 12_500.0, 0.0, 1500, 0.0)
     assert survive(read_sigmf, tmp_path / 'x.sigmf-meta', (tmp_path / 'x.sigmf-meta').read_bytes(), 10_000) > 100
+
+
+MANY = 10_000 if os.environ.get('HEIMDALL_SLOW') == '1' else 1_000
+
+
+@pytest.mark.fault
+def test_damaged_npy_files(tmp_path: Path):
+    def read(path: Path) -> Capture:
+        return Capture(as_complex(read_iq(path)).astype(np.complex64), 12_500.0)
+
+    assert survive(read, tmp_path / 'x.npy', encode_iq(voice(np.arange(300) / 12_500).astype(np.complex64)), MANY) > MANY // 10
+
+
+@pytest.mark.fault
+def test_damaged_level_tables(tmp_path: Path):
+    "Thousands of CSV files: each row a session or a reject with its reason, or one line for the whole table."
+    header = ','.join(['session_id', 'started_at', 'lat', 'lon', *NETWORK.names])
+    rows = [f's{number},{START.isoformat()},45.{number},7.5,-60.5,-71.25,,-80,-55.125' for number in range(8)]
+
+    def read(path: Path) -> Capture:
+        sessions, rejects = parse_level_table(path.read_bytes(), NETWORK, 'table')
+        assert sessions or rejects
+        assert all(str(reject).isprintable() for reject in rejects)
+        return Capture(np.zeros(1, np.complex64), 1.0)
+
+    assert survive(read, tmp_path / 'levels.csv', '\n'.join([header, *rows]).encode(), MANY) > MANY // 10
 
 
 @pytest.mark.fault
