@@ -1,18 +1,24 @@
 """Several heads on one backbone, from training through the graph."""
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from resume_job import small_backbone
 from torch import nn
 
 from heimdall_train import model as model_module
+from heimdall_train import scene as scene_module
 from heimdall_train.anchor import Kriging, fit_level_anchor, position_grid
 from heimdall_train.export import agree, export_onnx, level_inputs, onnx_session, parity, to_onnx
 from heimdall_train.features import level_data, level_statistics
 from heimdall_train.model import Correction, LocalizationNet, corrections, match_moments
+from heimdall_train.model_files import load_model
+from heimdall_train.network import HeimdallError
+from heimdall_train.pipeline import make_config, train
 from heimdall_train.scene import load_scene, scene_world
 from heimdall_train.simulation import simulate_levels
 
@@ -101,3 +107,16 @@ def test_gradients_through_the_mixture_reach_every_head():
     assert torch.autograd.gradcheck(lambda *values: heads(*values, factor), (features.requires_grad_(), position.requires_grad_()))
     sum(value.sum() for value in match_moments(*heads.train()(features, position, factor))).backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in heads.parameters())
+
+
+def test_heads_are_a_setting_of_a_run(tmp_path: Path):
+    "From `Config` to the file of the model; a training goes on with as many as it began with."
+    description = yaml.safe_load((Path(scene_module.__file__).parent / 'scenes' / 'testbed-v1.yaml').read_text())
+    sources = {'train': 60, 'validation': 40, 'test': 10}
+    (tmp_path / 'tiny.yaml').write_text(yaml.safe_dump({**description, 'name': 'tiny', 'receivers': 8, 'sources': sources}))
+    config = make_config(scene=str(tmp_path / 'tiny.yaml'), out=tmp_path / 'run', heads=2, epochs=1, batch_size=16)
+    train(config)
+    model = load_model(tmp_path / 'run' / 'model.safetensors')
+    assert model.heads == len(model.correction) == 2
+    with pytest.raises(HeimdallError, match='heads was 2'):
+        train(config.model_copy(update={'resume': True, 'heads': 1}))
