@@ -51,7 +51,7 @@ def main() -> None:
     if options.case:
         print(json.dumps(one_case(json.loads(options.case))))
         return
-    from features import processor
+    from processor import processor
 
     summary = {'date': time.strftime('%Y-%m-%d'), 'hardware': f'{processor()}, {os.cpu_count()} cores', 'seed': SEED, 'repeats': options.repeats}
     summary |= measure(options)
