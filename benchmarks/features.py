@@ -30,6 +30,7 @@ import scipy.fft
 import scipy.signal
 import torch
 import torchaudio
+from processor import processor
 from threadpoolctl import threadpool_limits
 
 from heimdall_train.iq_features import MAX_DELAY, FeatureExtractor, frame_layout
@@ -253,15 +254,6 @@ def with_torchaudio(iq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         coherence *= torch.exp(-1j * steered.sum((1, 2)).angle())[:, None, None]
         results.append((10 * power.log10().numpy(), delays))
     return tuple(np.array(part) for part in zip(*results, strict=True))
-
-
-def processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def markdown(summary: dict) -> str:

@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from processor import processor
 
 NAMES = {'resnet': 'ResNet-18 alone', 'maps': 'maps → fix', 'iq': 'IQ → fix'}
 
@@ -214,15 +215,6 @@ def peak_memory() -> int:
         return round(int(next(line for line in lines if line.startswith('VmHWM')).split()[1]) / 1024)
     except (OSError, StopIteration):
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def flags() -> list[str]:

@@ -72,7 +72,7 @@ def main() -> None:
 
 def begun(options: argparse.Namespace) -> dict:
     """What an earlier start has measured with this code; nothing where there is none."""
-    from features import processor
+    from processor import processor
 
     package = Path(__file__).resolve().parent.parent / 'heimdall_train'
     code = hashlib.sha256(b''.join((package / f'{name}.py').read_bytes() for name in ('store', 'object_store', 'dataset', 'catalog'))).hexdigest()[:12]

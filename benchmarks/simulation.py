@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from processor import processor
+
 from heimdall_train.recordings import simulate_sessions
 from heimdall_train.scene import load_scene, scene_world
 from heimdall_train.simulation import session_truth
@@ -67,9 +69,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 def environment() -> dict[str, object]:
     """Machine, versions and date."""
-    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')), platform.processor())
     versions = {package: version(package) for package in ('heimdall-train', 'numpy', 'scipy')}
-    return {'processor': model, 'python': platform.python_version(), 'versions': versions, 'date': datetime.now(UTC).date().isoformat()}
+    return {'processor': processor(), 'python': platform.python_version(), 'versions': versions, 'date': datetime.now(UTC).date().isoformat()}
 
 
 if __name__ == '__main__':

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEANINGS', 'SUMS', 'SIGNATURE', 'WHOLE', 'Tensor', 'DescribedReceiver', 'Origin', 'Area', 'Calibration', 'Check',
-           'MeanError', 'Verification', 'Int8', 'ModelDescription', 'model_schema', 'describe_bundle',
-           'check_description', 'model_card', 'write_bundle', 'read_sample', 'read_sums', 'check_bundle', 'sign_bundle',
-           'check_signature']
+           'MeanError', 'Verification', 'Int8Choice', 'Int8', 'ModelDescription', 'model_schema', 'describe_bundle',
+           'check_description', 'model_card', 'write_bundle', 'read_sample', 'read_sums', 'OpenBundle', 'check_bundle',
+           'open_bundle', 'sign_bundle', 'check_signature']
 
 # %% ../nbs/82_bundle.ipynb #0a1ae993
 import hashlib
@@ -15,7 +15,7 @@ import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -103,15 +103,24 @@ class Verification(_Part):
     mean_error: MeanError
 
 
+class Int8Choice(_Part):
+    "What decided whether the graph of 8 bits is kept."
+
+    sessions: int = Field(description='validation sessions')
+    float_mean_m: float = Field(description='mean error of model.onnx, metres')
+    int8_mean_m: float = Field(description='mean error with 8 bits, metres')
+
+
 class Int8(_Part):
     "How the ResNet fares with weights and activations of 8 bits."
 
-    kept: bool = Field(description='whether model.int8.onnx is in the bundle: where the mean error is at most 2 % larger')
+    kept: bool = Field(description='whether model.int8.onnx is in the bundle: where the mean error on validation sessions is at most 2 % larger')
     sessions: int = Field(description='test sessions')
     float_mean_m: float = Field(description='mean error of model.onnx, metres')
     int8_mean_m: float = Field(description='mean error with 8 bits, metres')
     position_m: float = Field(description='largest distance between the two answers, metres')
     sigma_relative: float = Field(description='largest relative difference of σ')
+    validation: Int8Choice | None = Field(None, description='what kept was decided on; absent in bundles that decided on the test sessions')
 
 
 class ModelDescription(_Part):
@@ -308,8 +317,9 @@ def _int8(found: dict | None) -> list[str]:
     "How the graph of 8 bits does."
     if found is None:
         return []
-    kept = '`model.int8.onnx` is in the bundle' if found['kept'] else 'it is not in the bundle, because that is more than 2 % larger'
-    return [f'With 8 bits in the ResNet the mean error is {found["int8_mean_m"]:.2f} m where it is {found["float_mean_m"]:.2f} m: {kept}.', '']
+    kept = '`model.int8.onnx` is in the bundle' if found['kept'] else 'it is not in the bundle, because on the validation sessions it was more than 2 % larger'
+    means = f'{found["int8_mean_m"]:.2f} m where it is {found["float_mean_m"]:.2f} m'
+    return [f'With 8 bits in the ResNet the mean error on the test sessions is {means}: {kept}.', '']
 
 # %% ../nbs/82_bundle.ipynb #71e64625
 SUMS, SIGNATURE = 'SHA256SUMS', 'model.sig'
@@ -396,11 +406,29 @@ def read_sums(
     return digests
 
 
+class OpenBundle(NamedTuple):
+    "A bundle that has been checked, ready to answer."
+
+    description: dict  # model.json
+    digests: dict[str, str]  # SHA-256 by name of a file
+    session: Any  # onnxruntime.InferenceSession of model.onnx
+    sample_m: float  # metres by which the sample is answered otherwise
+
+
 def check_bundle(
     folder: str | Path,  # of the bundle
     key: str | Path | None = None,  # file of the public key that must have signed it (PEM); no signature is asked for by default
 ) -> dict:  # what was found: files, metres by which the sample is answered otherwise, whether the signature was checked
     "Raise `HeimdallError` where a bundle is unfinished, altered, not signed by a key that was given, or does not answer its sample."
+    bundle = open_bundle(folder, key)
+    return {'files': sorted(bundle.digests), 'sample_m': bundle.sample_m, 'signature': key is not None}
+
+
+def open_bundle(
+    folder: str | Path,  # of the bundle
+    key: str | Path | None = None,  # as of `check_bundle`
+) -> OpenBundle:
+    "Check a bundle and keep what was opened for it; raises as `check_bundle`."
     folder = Path(folder)
     digests = read_sums(folder)
     if key is not None:
@@ -419,11 +447,12 @@ def check_bundle(
     for name in digests:
         if name.endswith('.onnx'):
             check_file((folder / name).read_bytes())
-    answer = onnx_session(folder / 'model.onnx').run(['position_enu'], inputs)[0]
+    session = onnx_session(folder / 'model.onnx')
+    answer = session.run(['position_enu'], inputs)[0]
     difference = float(np.abs(answer - expected['position_enu']).max())
     if not difference <= PARITY_METRES:
         raise HeimdallError(f'{folder}: the graph answers its sample {difference:.2f} m off: this runtime computes it wrongly')
-    return {'files': sorted(digests), 'sample_m': difference, 'signature': key is not None}
+    return OpenBundle(description, digests, session, difference)
 
 # %% ../nbs/82_bundle.ipynb #e9f754b6
 def sign_bundle(

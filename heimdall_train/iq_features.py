@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'BANDS', 'CELLS', 'MINIMUM_SNR', 'MAX_DELAY', 'MAX_FREQUENCY', 'WEIGHT_BANDS', 'TAPER', 'frame_layout',
-           'FrameSpectra', 'MelBands', 'NoiseFloor', 'snr_db', 'take', 'time_axis', 'best_receiver', 'climb',
+           'framed', 'FrameSpectra', 'MelBands', 'NoiseFloor', 'snr_db', 'take', 'time_axis', 'best_receiver', 'climb',
            'AmbiguitySearch', 'coherent_weights', 'DelayRefinement', 'Features', 'FeatureExtractor', 'stack_sessions',
            'usable_samples']
 
@@ -42,6 +42,19 @@ def frame_layout(
     return fft, hop, (samples - fft - (FRAMES - 1) * hop) // 2
 
 
+def framed(
+    values: torch.Tensor,  # by sample, shape (…, T)
+    length: int,  # of a frame
+    hop: int,  # from the start of a frame to that of the next
+    count: int,  # frames; they end within T
+) -> torch.Tensor:  # shape (…, count, length)
+    "What `unfold` gives, from a few whole pieces: an exported `unfold` copies sample by sample, in a graph that takes ten times as long."
+    pieces = math.ceil(length / hop)
+    values = functional.pad(values, (0, max((count + pieces - 1) * hop - values.shape[-1], 0)))
+    parts = [values[..., piece * hop : (piece + count) * hop].unflatten(-1, (count, hop)) for piece in range(pieces)]
+    return torch.cat([*parts[:-1], parts[-1][..., : length - (pieces - 1) * hop]], dim=-1)
+
+
 class FrameSpectra(nn.Module):
     "Spectra of 32 frames under a Hann window."
     window: torch.Tensor  # shape (fft,)
@@ -62,7 +75,7 @@ class FrameSpectra(nn.Module):
         iq: torch.Tensor,  # samples from `first` on, shape (B, R, 2, span)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # real and imaginary parts, shape (B, R, 32, fft)
         "Two-sided spectra, line 0 at the carrier as in every FFT."
-        frames = iq.unfold(3, self.fft, self.hop) * self.window
+        frames = framed(iq, self.fft, self.hop, FRAMES) * self.window
         spectra = torch.fft.fft(torch.complex(frames[:, :, 0], frames[:, :, 1]))
         return spectra.real.contiguous(), spectra.imag.contiguous()
 
@@ -309,7 +322,8 @@ TAPER = 64  # samples over which a recording's ends rise
 class DelayRefinement(nn.Module):
     "Fraction of a sample by which recordings that are aligned to whole samples come later than the reference."
     wanted: torch.Tensor  # samples of a recording that all stretches together cover, int64
-    time: torch.Tensor  # 2π seconds from the middle of the recording
+    time: torch.Tensor  # 2π seconds from the start of a block, shape (fft,)
+    begin: torch.Tensor  # 2π seconds from the middle of the recording to the start of each block, shape (blocks,)
     block: torch.Tensor  # weights of a block of the reference, shape (fft,)
     taper: torch.Tensor  # of a recording at its own ends
     overlap: torch.Tensor  # of a recording at the reference's ends
@@ -329,7 +343,8 @@ class DelayRefinement(nn.Module):
         guard, rise = self.fft // 16, self.fft // 16  # beside a reference block, and over which it fades into the next one
         self.hop = self.fft - 2 * guard - rise
         self.before = guard + rise  # samples between the start of the first stretch and that of the recording
-        self.behind = math.ceil((samples + rise) / self.hop) * self.hop + guard - samples  # between their ends
+        self.blocks = math.ceil((samples + rise) / self.hop)
+        self.behind = self.blocks * self.hop + guard - samples  # between their ends
         fade = (math.pi / 2 * (torch.arange(rise, dtype=torch.float64) + 0.5) / rise).sin().square()
         block = functional.pad(torch.cat([fade, torch.ones(self.hop - rise, dtype=torch.float64), 1 - fade]), (guard, guard))
         index = torch.arange(-self.before, samples + self.behind)
@@ -340,7 +355,8 @@ class DelayRefinement(nn.Module):
         angle = slope[:, None] * grid
         tables = {
             'wanted': index + 1,
-            'time': ((index - (samples - 1) / 2) * (2 * math.pi / sample_rate)).float(),
+            'time': (torch.arange(self.fft) * (2 * math.pi / sample_rate)).float(),
+            'begin': ((torch.arange(self.blocks) * self.hop - self.before - (samples - 1) / 2) * (2 * math.pi / sample_rate)).float(),
             'block': (block / self.fft).float(),
             'taper': functional.pad(taper, (1, 1)).float(),
             'overlap': functional.pad(taper, (self.before, self.behind)).float(),
@@ -371,17 +387,20 @@ class DelayRefinement(nn.Module):
     ) -> torch.Tensor:  # samples, shape (B, R)
         "Maximum of the weighted correlation between samples."
         place = (self.wanted + partner.unsqueeze(2)).clamp(0, self.samples + 1)
-        moved = (padded * self.taper).gather(3, place.unsqueeze(2).expand(-1, -1, 2, -1))
-        angle = frequency.unsqueeze(2) * self.time
-        cosine, sine = angle.cos() * self.overlap, angle.sin() * self.overlap
-        real, imaginary = moved[:, :, 0], moved[:, :, 1]
+        moved = (padded * self.taper).gather(3, place.unsqueeze(2).expand(-1, -1, 2, -1)) * self.overlap
+        real, imaginary = framed(moved, self.fft, self.hop, self.blocks).unbind(2)
+        angle = (frequency.unsqueeze(2) * self.time).unsqueeze(2)  # the frequency offset turns each block alike, and by an angle of its own
+        cosine, sine = angle.cos(), angle.sin()
         real, imaginary = torch.addcmul(real * cosine, imaginary, sine), torch.addcmul(imaginary * cosine, real, sine, value=-1)
-        real, imaginary = self.spectra(real.unfold(2, self.fft, self.hop), imaginary.unfold(2, self.fft, self.hop))
+        real, imaginary = self.spectra(real, imaginary)
         other = functional.pad(take(padded, reference)[..., 1 : self.samples + 1], (self.before, self.behind))
-        other = other.unfold(3, self.fft, self.hop) * self.block
+        other = framed(other, self.fft, self.hop, self.blocks) * self.block
         other_r, other_i = self.spectra(other[:, :, 0], other[:, :, 1])
-        cross_r = torch.addcmul(real * other_r, imaginary, other_i).sum(2)
-        cross_i = torch.addcmul(imaginary * other_r, real, other_i, value=-1).sum(2)
+        cross_r = torch.addcmul(real * other_r, imaginary, other_i)
+        cross_i = torch.addcmul(imaginary * other_r, real, other_i, value=-1)
+        angle = (frequency.unsqueeze(2) * self.begin).unsqueeze(2)
+        cosine, sine = angle.cos(), angle.sin()
+        cross_r, cross_i = (cosine @ cross_r + sine @ cross_i).squeeze(2), (cosine @ cross_i - sine @ cross_r).squeeze(2)
         largest = torch.maximum(cross_r.abs().amax(2, keepdim=True), cross_i.abs().amax(2, keepdim=True))
         weight = weight.repeat_interleave(self.fft // WEIGHT_BANDS, dim=2) / largest.clamp(min=1e-30)
         cross_r, cross_i = cross_r * weight, cross_i * weight

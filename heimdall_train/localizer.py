@@ -9,7 +9,6 @@ __all__ = ['CONTRADICTION', 'Answerer', 'open_model', 'fetch_table', 'contradict
 import csv
 import hashlib
 import io
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,22 +54,28 @@ def open_model(
     model: str | Path,  # run folder or bundle: a path, file:///…, s3://…, or models:/name@alias and models:/name/version
     tracking: str,  # MLflow tracking URI, for models:/…
     cache: Path,  # folder that keeps bundles from elsewhere, by their digest
+    key: str | Path | None = None,  # public key that must have signed the bundle, wherever it comes from (PEM); no signature is asked for by default
 ) -> Answerer:
     "What a run folder or a bundle answers with, whole and unaltered; `HeimdallError` where it is neither."
     text, version = str(model), None
     if text.startswith('models:'):
         found = (registry := Registry(tracking, cache=cache)).find(text)
-        folder, text, version = registry.bundle(found), found.name, str(found.number)
+        folder, text, version = registry.bundle(found, key is not None), found.name, str(found.number)
     elif urlsplit(text).scheme == 's3':
         store = open_store(text)
-        folder = _cached_run(store, cache) if store.exists('model.safetensors') else cache_bundle(store.read('SHA256SUMS'), store.read, cache)
+        if store.exists('model.safetensors'):
+            folder = _cached_run(store, cache)
+        else:
+            folder = cache_bundle(store.read('SHA256SUMS'), store.read, cache, key is not None)
         version = numbered[1] if (numbered := re.search(r'/v(\d+)/*$', text)) else None
     else:
         folder = local_path(model, 'model')
     if (folder / 'model.safetensors').exists():
+        if key is not None:
+            raise HeimdallError(f'{folder}: a run folder is not signed: export it, sign the bundle, and give that')
         return _run_folder(folder, text)
     if (folder / 'model.json').exists():
-        return _bundle(folder, text, version)
+        return _bundle(folder, text, version, key)
     raise HeimdallError(f'{folder}: neither a run folder with model.safetensors nor a bundle with model.json: train first, or give --model')
 
 
@@ -104,21 +109,19 @@ def _run_folder(folder: Path, name: str) -> Answerer:
     return Answerer(identity, model.network, model.frame, model.known.numpy() > 0, rate, samples, by_torch, radii, model)
 
 
-def _bundle(folder: Path, name: str, version: str | None) -> Answerer:
+def _bundle(folder: Path, name: str, version: str | None, key: str | Path | None) -> Answerer:
     "The graph of a bundle, in ONNX Runtime, after the bundle has been checked."
-    from heimdall_train.bundle import check_bundle
-    from heimdall_train.export import onnx_session
+    from heimdall_train.bundle import open_bundle
 
-    check_bundle(folder)
-    description = json.loads((folder / 'model.json').read_text())
+    bundle = open_bundle(folder, key)
+    description = bundle.description
     known = np.array([receiver.pop('known') for receiver in description['receivers']])
     network = Network.from_dict({'name': name, 'source_height': description['source_height'], 'receivers': description['receivers']})
-    session = onnx_session(folder / 'model.onnx')
-    identity = ModelIdentity(name, version, hashlib.sha256((folder / 'model.onnx').read_bytes()).hexdigest())
+    identity = ModelIdentity(name, version, bundle.digests['model.onnx'])
     rate, samples, outputs = description.get('sample_rate'), description.get('samples'), description['outputs']
 
     def by_graph(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(zip(outputs, session.run(outputs, inputs), strict=True))
+        return dict(zip(outputs, bundle.session.run(outputs, inputs), strict=True))
 
     radii = description.get('calibration', {}).get('conformal_radii') or {}
     return Answerer(identity, network, Frame(**description['origin']), known, rate, samples, by_graph, radii, None)
@@ -327,8 +330,9 @@ class Localizer:
         model: str | Path,  # run folder or bundle: a path, file:///…, s3://…, or models:/name@alias and models:/name/version
         tracking: str | None = None,  # MLflow tracking URI, for models:/…; an SQLite file in runs/ by default
         cache: str | Path | None = None,  # folder that keeps bundles from elsewhere; in the user's cache by default
+        key: str | Path | None = None,  # public key that must have signed the bundle, wherever it comes from (PEM); no signature is asked for by default
     ):
-        self.answerer = open_model(model, tracking or default_tracking_uri(Path('runs') / 'train'), Path(cache or model_cache()))
+        self.answerer = open_model(model, tracking or default_tracking_uri(Path('runs') / 'train'), Path(cache or model_cache()), key)
         self._fetched: list[tempfile.TemporaryDirectory] = []  # kept as long as the sessions may be located
 
     def read(

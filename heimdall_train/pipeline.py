@@ -614,7 +614,10 @@ def export(
     graph = export_onnx(model, description)
     verification = verify_graph(model, graph, inputs, truth)
     int8 = quantise(graph, graph_inputs(config, data, split.validation[:16]))
-    judgement = judge(graph, int8, inputs, truth)
+    decided_on = split.validation[16 : 16 + len(sessions)] or split.validation  # others than those of the calibration, where there are any
+    decision = judge(graph, int8, graph_inputs(config, data, decided_on), data.take(data.rows(decided_on)).enu(model.frame))
+    validation = {name: decision[name] for name in ('sessions', 'float_mean_m', 'int8_mean_m')}
+    judgement = {**judge(graph, int8, inputs, truth), 'kept': decision['kept'], 'validation': validation}
     graph = describe(graph, {'verification': verification, 'int8': judgement})
     counts = {part: len(getattr(split, part)) for part in ('train', 'validation', 'test')}
     trained_on, scores = str(config.dataset or config.scene or data.network.name), Evaluation(**evaluation) if evaluation else None

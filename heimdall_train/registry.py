@@ -37,6 +37,7 @@ def cache_bundle(
     sums: bytes,  # SHA256SUMS of the bundle
     read: Callable[[str], bytes],  # content of a file of the bundle, by name
     cache: Path,  # folder that keeps bundles by digest
+    signed: bool = False,  # whether the signature is wanted too, which is beside what SHA256SUMS names
 ) -> Path:  # folder of the bundle
     "A whole copy of a bundle; `HeimdallError` where a file is not what SHA256SUMS says."
     folder = cache / hashlib.sha256(sums).hexdigest()
@@ -49,6 +50,8 @@ def cache_bundle(
             raise HeimdallError(f'{name} of the bundle is not what its SHA256SUMS says: it was altered or cut; export again')
         write_file(folder / name, content)
     write_file(folder / 'SHA256SUMS', sums)
+    if signed:
+        write_file(folder / 'model.sig', read('model.sig'))
     return folder
 
 
@@ -304,6 +307,7 @@ class Registry:
     def bundle(
         self,
         version: Version,  # of this registry
+        signed: bool = False,  # whether the signature is wanted too
     ) -> Path:  # its folder, in the cache
         "The bundle of a version, unaltered; what is in the cache is not fetched again."
         place, digest = version.tags.get(BUNDLE), version.tags.get(BUNDLE_DIGEST, '')
@@ -322,7 +326,7 @@ class Registry:
             sums = kept.read_bytes() if _sha256(kept) == digest else read('SHA256SUMS')
             if hashlib.sha256(sums).hexdigest() != digest:
                 raise HeimdallError(f'{who}: its bundle is not the one that was registered: export it again')
-            return cache_bundle(sums, read, self.cache)
+            return cache_bundle(sums, read, self.cache, signed)
 
     def compare(
         self,

@@ -25,7 +25,7 @@ from scipy.spatial import cKDTree
 from threadpoolctl import threadpool_limits
 from torch import nn
 from torch._higher_order_ops.scan import scan
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import embedding, max_pool2d
 
 from .anchor import one_blas_thread
 from .geodesy import SPEED_OF_LIGHT, ranges
@@ -132,6 +132,14 @@ class Linearisation(NamedTuple):
     unlikeliness: torch.Tensor  # −2 log of the mixture likelihood, up to a constant, shape (B,)
 
 # %% ../nbs/46_tdoa.ipynb #8de429b5
+def bilinear_weights() -> np.ndarray:  # of the south-western, south-eastern, north-western, north-eastern corner; shape (4 terms, 4 corners, 3)
+    "What 1, east, north and east · north, within a cell, contribute to each corner's weight in the value and in its slopes to the east and to the north."
+    constant, east, north, product = np.array([[1, 0, 0, 0], [-1, 1, 0, 0], [-1, 0, 1, 0], [1, -1, -1, 1]], dtype=np.float64)
+    zero = np.zeros(4)
+    of_value, to_east, to_north = [constant, east, north, product], [east, zero, product, zero], [north, product, zero, zero]
+    return np.stack([of_value, to_east, to_north], axis=-1)
+
+
 class SurveyedArea(nn.Module):
     "Receivers, maps of an area, and the straight lines between; all float64 but the maps."
 
@@ -141,6 +149,9 @@ class SurveyedArea(nn.Module):
     origin: torch.Tensor
     pitch: torch.Tensor
     ground: torch.Tensor
+    last: torch.Tensor
+    corners: torch.Tensor
+    bilinear: torch.Tensor
 
     def __init__(
         self,
@@ -158,6 +169,15 @@ class SurveyedArea(nn.Module):
         ):
             self.register_buffer(name, torch.from_numpy(np.asarray(value, dtype=np.float64)))
         self.register_buffer('maps', torch.from_numpy(np.stack([maps.mean, maps.deviation], axis=-1)).float())
+        count, rows, columns = maps.mean.shape
+        around = np.array([0, 1, columns, columns + 1])  # south-west, south-east, north-west, north-east
+        corners = (np.arange(count)[:, None] * rows * columns + around) * 2 + np.arange(2)[:, None, None]
+        for name, value in (  # of how the maps lie in memory, no part of what is learnt
+            ('last', np.array([columns - 1, rows - 1], dtype=np.float64)),
+            ('corners', corners.reshape(-1, 4)),
+            ('bilinear', bilinear_weights().reshape(4, 12)),
+        ):
+            self.register_buffer(name, torch.from_numpy(value), persistent=False)
 
     def geometry(
         self,
@@ -175,17 +195,15 @@ class SurveyedArea(nn.Module):
         position: torch.Tensor,  # metres east and north, shape (…, 2)
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # mean (…, R), its slope (…, R, 2), deviation (…, R)
         "The maps at a position, bilinear; constant outside."
-        receivers, rows, columns = self.maps.shape[:3]
-        east, north = ((position - self.origin) / self.pitch).unbind(dim=-1)
-        east, north = east.clamp(0, columns - 1)[..., None, None], north.clamp(0, rows - 1)[..., None, None]
-        column, row = east.floor().clamp(max=columns - 2), north.floor().clamp(max=rows - 2)
-        first = (row * columns + column)[..., 0].long() + rows * columns * torch.arange(receivers, device=position.device)
-        values, east, north = self.maps.reshape(-1, 2), east - column, north - row
-        south_west, south_east, north_west, north_east = (values[first + step].double() for step in (0, 1, columns, columns + 1))
-        south, across = south_west + (south_east - south_west) * east, north_west + (north_east - north_west) * east
-        to_east = (south_east - south_west) * (1 - north) + (north_east - north_west) * north
-        value, slope = south + (across - south) * north, torch.stack([to_east[..., 0], (across - south)[..., 0]], dim=-1) / self.pitch
-        return value[..., 0], slope, value[..., 1]
+        receivers, columns = len(self.receivers), self.maps.shape[2]
+        place = torch.minimum(((position - self.origin) / self.pitch).clamp(min=0), self.last)
+        cell = torch.minimum(place.floor(), self.last - 1)
+        part, cell = place - cell, cell.long()
+        east, north, column, row = part[..., :1], part[..., 1:], cell[..., :1], cell[..., 1:]  # an exported `split` is a sequence, which costs more
+        values = embedding((row * columns + column)[..., None] * 2 + self.corners, self.maps.reshape(-1, 1))[..., 0].double()  # (…, 2R, 4)
+        terms = torch.cat([torch.ones_like(east), east, north, east * north], dim=-1)
+        found = values @ (terms @ self.bilinear).unflatten(-1, (4, 3))  # (…, 2R, 3)
+        return found[..., :receivers, 0], found[..., :receivers, 1:] / self.pitch, found[..., receivers:, 0]
 
 # %% ../nbs/46_tdoa.ipynb #ee81fe96
 class TdoaAnchor(SurveyedArea):
@@ -198,6 +216,7 @@ class TdoaAnchor(SurveyedArea):
     leaving_out: torch.Tensor
     start_range: torch.Tensor
     start_variance: torch.Tensor
+    identity: torch.Tensor
 
     def __init__(
         self,
@@ -225,6 +244,7 @@ class TdoaAnchor(SurveyedArea):
             ('leaving_out', [(0.0, float(number >= WITHOUT)) for number in range(WITHOUT + ITERATIONS)]),
         ):
             self.register_buffer(name, torch.from_numpy(np.asarray(value, dtype=np.float64)))
+        self.register_buffer('identity', torch.eye(2, dtype=torch.float64), persistent=False)
         distance, _ = self.geometry(self.grid)
         mean, _, deviation = self.look_up(self.grid)
         self.register_buffer('start_range', (distance + mean).T.float())
@@ -326,25 +346,21 @@ class TdoaAnchor(SurveyedArea):
         emission: torch.Tensor,  # metres, shape (…)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # the next position and emission
         "One Gauss–Newton step, of five cells of the start grid at most, which stays inside the grid."
-        weighted = lines.weight[..., None] * lines.jacobian
-        pull = (weighted * lines.residual[..., None]).sum(dim=-2)
-        step = (self.inverse(weighted, lines.jacobian) * pull[..., None, :]).sum(dim=-1)
+        rows = torch.cat([lines.jacobian, lines.residual[..., None]], dim=-1)
+        products = lines.jacobian.transpose(-1, -2) @ (lines.weight[..., None] * rows)
+        step = (self.inverse(products[..., :2]) @ products[..., 2:])[..., 0]
         step = step * (5 * self.step / ((step * step).sum(dim=-1, keepdim=True).sqrt() + 1e-9)).clamp(max=1)
         moved = torch.maximum(torch.minimum(position + step, self.grid[-1]), self.grid[0])
         return moved, emission + lines.mean_residual - (lines.mean_jacobian * (moved - position)).sum(dim=-1)
 
     def inverse(
         self,
-        weighted: torch.Tensor,  # Jacobian times weight, shape (…, R, 2)
-        jacobian: torch.Tensor,  # shape (…, R, 2)
-    ) -> torch.Tensor:  # shape (…, 2, 2)
-        "Inverse of the information matrix, with a prior as wide as the grid."
-        prior = 12 / (self.grid[-1] - self.grid[0]) ** 2
-        first = (weighted[..., 0] * jacobian[..., 0]).sum(dim=-1) + prior[0]
-        mixed = (weighted[..., 0] * jacobian[..., 1]).sum(dim=-1)
-        second = (weighted[..., 1] * jacobian[..., 1]).sum(dim=-1) + prior[1]
-        determinant = first * second - mixed * mixed
-        return torch.stack([torch.stack([second, -mixed], dim=-1), torch.stack([-mixed, first], dim=-1)], dim=-2) / determinant[..., None, None]
+        information: torch.Tensor,  # of the arrivals, 1/m², shape (…, 2, 2)
+    ) -> torch.Tensor:  # m², shape (…, 2, 2)
+        "Inverse of the information matrix, with a prior as wide as the grid: the adjugate of a 2 × 2 matrix M is tr(M)·1 − M."
+        information = information + 12 / (self.grid[-1] - self.grid[0]) ** 2 * self.identity
+        adjugate = (information * self.identity).sum(dim=(-2, -1), keepdim=True) * self.identity - information
+        return 2 * adjugate / (information * adjugate).sum(dim=(-2, -1), keepdim=True)
 
     def covariance(
         self,
@@ -352,7 +368,7 @@ class TdoaAnchor(SurveyedArea):
     ) -> torch.Tensor:  # m², shape (B, 2, 2)
         "Covariance of a fix: noise, maps, and the unknown height of the source."
         weighted = lines.weight[:, :, None] * lines.jacobian
-        covariance = self.inverse(weighted, lines.jacobian)
+        covariance = self.inverse(lines.jacobian.transpose(1, 2) @ weighted)
         by_height = (covariance * (weighted * lines.direction[:, :, 2:]).sum(dim=1)[:, None, :]).sum(dim=2) * self.constants[4]
         return covariance + by_height[:, :, None] * by_height[:, None, :]
 

@@ -33,9 +33,10 @@ from heimdall_train.cli import app
 from heimdall_train.config import make_config
 from heimdall_train.data import watch
 from heimdall_train.ingest import IngestReport
+from heimdall_train.localizer import Localizer
 from heimdall_train.metrics import clopper_pearson, evaluation_schema
 from heimdall_train.network import HeimdallError
-from heimdall_train.object_store import S3Store
+from heimdall_train.object_store import S3Settings, S3Store
 from heimdall_train.pipeline import Config, write_scene_table
 from heimdall_train.registry import register_bundle
 from heimdall_train.tracking import tracked_run
@@ -288,6 +289,28 @@ def test_a_signature_holds_for_one_bundle_and_one_key(chain: Chain, tmp_path: Pa
     signed = succeed('sign', bundle, '--key', locked)
     assert 'canary' not in signed.stdout + signed.stderr
     succeed('verify', bundle, '--key', its_public)
+
+
+@pytest.mark.s3
+def test_a_signature_is_asked_for_wherever_the_bundle_comes_from(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str):
+    for name, value in (('ENDPOINT', s3), ('ACCESS_KEY', ACCESS_KEY), ('SECRET_KEY', SECRET_KEY)):
+        monkeypatch.setenv(f'HEIMDALL_S3_{name}', value)
+    store = S3Store('s3://signed-models/localization', S3Settings())
+    store.client.create_bucket(Bucket=store.bucket)
+    (private, public), (_, another) = write_keys(tmp_path / 'one'), write_keys(tmp_path / 'other')
+    bundle, cache = shutil.copytree(chain.bundle, tmp_path / 'bundle'), tmp_path / 'cache'
+    for name in bundle.iterdir():
+        store.write(f'v1/{name.name}', name.read_bytes())
+    with pytest.raises(HeimdallError, match=r'model\.sig'):
+        Localizer(f'{store.root}/v1', cache=cache, key=public)
+    succeed('sign', bundle, '--key', private)
+    store.write('v1/model.sig', (bundle / 'model.sig').read_bytes())
+    for model in (bundle, f'{store.root}/v1'):
+        assert Localizer(model, cache=cache, key=public).answerer.identity.sha256 == hashlib.sha256((bundle / 'model.onnx').read_bytes()).hexdigest()
+        with pytest.raises(HeimdallError, match='not the signature of this bundle by the key'):
+            Localizer(model, cache=cache, key=another)
+    with pytest.raises(HeimdallError, match='a run folder is not signed'):
+        Localizer(chain.run, key=public)
 
 
 def test_signatures_without_the_extra_are_one_line(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
