@@ -6,9 +6,9 @@
 __all__ = ['EARTH_RADIUS', 'START_CELLS', 'START_MARGIN', 'STARTS', 'START_WINDOW', 'ITERATIONS', 'WIDENED', 'WITHOUT', 'FREEDOM',
            'EXCLUDED_COST', 'NEIGHBOURS', 'OUTLIER_SQUARE', 'MINIMUM_PLACES', 'SWEEPS', 'FINENESS', 'MAP_CELLS',
            'MARGIN', 'DelayNoise', 'delay_variance', 'ExcessKriging', 'ExcessMaps', 'constant_maps', 'TdoaFix',
-           'Linearisation', 'SurveyedArea', 'TdoaAnchor', 'Neighbourhood', 'excess_covariance', 'neighbourhoods',
-           'Departures', 'ExcessSurvey', 'choose_excess_kriging', 'variance_beyond', 'fit_excess_maps',
-           'fit_tdoa_anchor', 'for_each_fold', 'cross_fit_tdoa']
+           'Linearisation', 'bilinear_weights', 'SurveyedArea', 'TdoaAnchor', 'Neighbourhood', 'excess_covariance',
+           'neighbourhoods', 'Departures', 'ExcessSurvey', 'choose_excess_kriging', 'variance_beyond',
+           'fit_excess_maps', 'fit_tdoa_anchor', 'for_each_fold', 'cross_fit_tdoa']
 
 # %% ../nbs/46_tdoa.ipynb #8f2b5376
 import math
