@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .display import did_you_mean, html_table, number, plain
+from .display import did_you_mean, digits, html_table, plain
 from .geodesy import Frame
 
 # %% ../nbs/05_network.ipynb #4055f157
@@ -140,7 +140,7 @@ class Network:
 
     def _repr_html_(self) -> str:
         zone = '' if self.zone is None else f', zone {self.zone.width_m / 1000:g} x {self.zone.height_m / 1000:g} km'
-        rows = [[each.name, number(each.latitude, '.4f'), number(each.longitude, '.4f'), number(each.altitude, '.0f'), 'yes' if each.is_active else 'no']
+        rows = [[each.name, digits(each.latitude, '.4f'), digits(each.longitude, '.4f'), digits(each.altitude, '.0f'), 'yes' if each.is_active else 'no']
                 for each in self.receivers]
         return html_table(f'Network {self.name}: {len(self)} receivers{zone}', ['receiver', 'latitude, °', 'longitude, °', 'altitude, m', 'active'], rows)
 
@@ -160,8 +160,8 @@ class Network:
         for receiver, place in zip(placed, places, strict=True):
             axis.annotate(plain(receiver.name), place[:2], xytext=(4, 4), textcoords='offset points', fontsize=8)
         if self.zone is not None:
-            east, north = (np.array([-0.5, 0.5, 0.5, -0.5, -0.5]) * self.zone.width_m / 1000, np.array([-0.5, -0.5, 0.5, 0.5, -0.5]) * self.zone.height_m / 1000)
-            axis.plot(east, north, '--', color='tab:blue', label='zone')
+            corners = np.array([[-0.5, 0.5, 0.5, -0.5, -0.5], [-0.5, -0.5, 0.5, 0.5, -0.5]]) * [[self.zone.width_m], [self.zone.height_m]] / 1000
+            axis.plot(*corners, '--', color='tab:blue', label='zone')
         axis.set(xlabel='east, km', ylabel='north, km', title=plain(f'Network {self.name}'), aspect='equal')
         axis.legend()
         return axis

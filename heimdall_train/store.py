@@ -27,7 +27,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 
-from .display import html_table, number, plain
+from .display import digits, html_table, plain
 from .network import HeimdallError, validate_coordinates
 
 # %% ../nbs/10_store.ipynb #544dd3c0
@@ -96,8 +96,8 @@ class Session:
     def _repr_html_(self) -> str:
         where = 'source unknown' if self.source is None else f'source at {self.source.latitude:.4f}°, {self.source.longitude:.4f}°'
         carrier = '' if self.frequency_hz is None else f', {self.frequency_hz / 1e6:g} MHz'
-        rows = [[each.receiver, number(each.level_db), number(each.snr_db), number(each.start_offset * 1e6, '.3f'),
-                 number(None if each.clock_error_s is None else each.clock_error_s * 1e9, '.0f'), number(each.sample_rate, 'g'),
+        rows = [[each.receiver, digits(each.level_db), digits(each.snr_db), digits(each.start_offset * 1e6, '.3f'),
+                 digits(None if each.clock_error_s is None else each.clock_error_s * 1e9, '.0f'), digits(each.sample_rate, 'g'),
                  '–' if each.iq is None else str(len(each.iq))] for each in self.recordings]
         header = ['receiver', 'level, dB', 'SNR, dB', 'start, µs', 'clock error, ns', 'rate, samples/s', 'samples here']
         return html_table(f'Session {self.id}: {self.started_at:%Y-%m-%d %H:%M:%S} UTC, {where}{carrier}', header, rows)
