@@ -11,7 +11,7 @@ __all__ = ['one_blas_thread', 'OUTLIER_SHARE', 'MINIMUM_HEARD', 'SETTINGS', 'pos
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from .display import fix_table, plot_positions
 from .features import CHANGED_SHARE, OUTLIER_DEVIATION
 from .network import HeimdallError
 
@@ -176,6 +177,18 @@ class Fix(NamedTuple):
     position: torch.Tensor  # metres east and north, shape (B, 2)
     covariance: torch.Tensor  # m², shape (B, 2, 2)
     log_posterior: torch.Tensor  # of each cell, before tempering, up to a constant, shape (B, G)
+
+    def _repr_html_(self) -> str:
+        return fix_table(self.position.cpu(), self.covariance.cpu())
+
+    def plot(
+        self,
+        truth: Any = None,  # metres east and north, shape (B, 2); not drawn by default
+        receivers: Any = None,  # metres east and north, shape (R, 2) or (R, 3); not drawn by default
+        axis: Any = None,  # of Matplotlib, to draw into; a new one by default
+    ) -> Any:  # the axis
+        "Map of the fixes in km with their 90 % ellipses."
+        return plot_positions(self.position.cpu(), self.covariance.cpu(), truth, receivers, axis)
 
 
 OUTLIER_SHARE = 0.02  # of levels that their map does not explain, in the campaign of the training

@@ -11,7 +11,7 @@ __all__ = ['BASELINES', 'UnsupportedBaseline', 'Baseline', 'Mean', 'Centroid', '
 # %% ../nbs/65_baselines.ipynb #0bcc74c3
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -450,6 +450,7 @@ def run_baselines(
     test_levels: np.ndarray,  # dB, shape (M, R), NaN = not heard
     receivers: np.ndarray,  # positions of the receivers, metres, shape (R, 2), NaN = unknown
     seed: int = 0,  # of what is random in a method
+    progress: Callable[[str], None] | None = None,  # called with a line for each baseline
 ) -> dict[str, BaselineResult]:  # by name, those that the data support
     "Tune and fit every baseline and locate the test sessions; `HeimdallError` where a table does not fit."
     results = {}
@@ -461,4 +462,6 @@ def run_baselines(
             continue
         estimate, covariance = baseline.predict(test_levels)
         results[name] = BaselineResult(estimate, covariance, baseline.settings, time.perf_counter() - start)
+        if progress is not None:
+            progress(f'baseline {name}: tuned, fitted and asked in {results[name].seconds:.1f} s')
     return results

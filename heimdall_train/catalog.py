@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine.reflection import ObjectKind
 
 from .database import open_database
+from .display import did_you_mean
 from .network import HeimdallError, Network, Receiver, Zone
 from .store import Recording, Session, Source
 from .tables import DATASET_MEASUREMENTS, DATASETS, MEASUREMENTS, METADATA, MODELS, NETWORKS, SESSIONS, SOURCES, STATIONS
@@ -148,7 +149,7 @@ def _choose(what: str, name: str | None, names: list[str]) -> str:
     if not names:
         raise HeimdallError(f'the catalog holds no {what} yet: ingest a table or simulate a scene first')
     asked = f'no {what} {name}' if name is not None else f'{len(names)} {what}s'
-    raise HeimdallError(f'the catalog holds {asked}: choose one of {", ".join(names)}')
+    raise HeimdallError(f'the catalog holds {asked}{did_you_mean(name or "", names)}: choose one of {", ".join(names)}')
 
 # %% ../nbs/15_catalog.ipynb #9d539513
 _BATCH = 500  # sessions a statement

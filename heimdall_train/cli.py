@@ -6,28 +6,66 @@
 __all__ = ['app', 'ingest_app', 'catalog_app', 'models_app', 'CatalogOption', 'StoreOption', 'DatasetOption', 'SceneOption',
            'SceneSeedOption', 'TestSeedOption', 'CacheOption', 'ResumeOption', 'OutOption', 'ModelOption', 'TestOption',
            'ValidationOption', 'SeedOption', 'EpochsOption', 'DriftOption', 'TrackingOption', 'RejectsOption',
-           'JsonOption', 'BundleArgument', 'DebugOption', 'RegistryOption', 'VersionArgument', 'main_callback',
-           'ingest_callback', 'ingest_levels_command', 'ingest_recordings_command', 'catalog_init', 'catalog_upgrade',
-           'simulate', 'features', 'train', 'evaluate', 'export', 'verify', 'sign', 'publish', 'predict', 'report',
-           'doctor', 'sweep', 'serve', 'worker', 'demo', 'main', 'models_list', 'models_compare', 'models_promote',
-           'models_rollback']
+           'JsonOption', 'BundleArgument', 'DebugOption', 'QuietOption', 'RegistryOption', 'VersionArgument',
+           'main_callback', 'ingest_callback', 'ingest_levels_command', 'ingest_recordings_command', 'catalog_init',
+           'catalog_upgrade', 'simulate', 'features', 'train', 'evaluate', 'export', 'verify', 'sign', 'publish',
+           'predict', 'report', 'doctor', 'sweep', 'serve', 'worker', 'demo', 'main', 'models_list', 'models_compare',
+           'models_promote', 'models_rollback']
 
 # %% ../nbs/95_cli.ipynb #0b544b29
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 # %% ../nbs/95_cli.ipynb #b65860c4
+_ClickException = typer.BadParameter.__mro__[2]  # of the click that typer has, which may be its own
+
+
+def _first_line(error: Any) -> str:
+    "What was typed wrongly, what was probably meant, and where to read on."
+    from heimdall_train.display import did_you_mean
+
+    message = error.format_message().split(' (Possible options')[0].split(' Did you mean')[0].strip().rstrip('.')
+    context = getattr(error, 'ctx', None)
+    if context is None:
+        return message
+    name, known = getattr(error, 'option_name', None), [option for param in context.command.params for option in param.opts]
+    if name is None and (found := re.fullmatch(r"No such command '(.+)'", message)):
+        name, known = found[1], list(context.command.commands)
+    return f'{message}{did_you_mean(name, known) if name else ""}: see {context.command_path} --help'
+
+
+class _Commands(TyperGroup):
+    "Commands whose usage errors take one line."
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **settings: Any) -> Any:
+        "Run what was typed; the exit code is 2 where it cannot be understood."
+        if not standalone_mode:
+            return super().main(*arguments, standalone_mode=False, **settings)
+        try:
+            sys.exit(super().main(*arguments, standalone_mode=False, **settings))
+        except _ClickException as error:
+            if type(error).__name__ == 'NoArgsIsHelpError':
+                error.show()  # type: ignore[attr-defined]
+            else:
+                print(f'heimdall-train: {_first_line(error)}', file=sys.stderr)
+            sys.exit(2)
+        except typer.Abort:
+            sys.exit(130)
+
+# %% ../nbs/95_cli.ipynb #e2cdb5d3
 app = typer.Typer(
+    cls=_Commands,
     help='Localise a radio transmitter from a network of receivers, and say how sure the answer is.',
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 ingest_app = typer.Typer()
 app.add_typer(ingest_app, name='ingest')
@@ -36,13 +74,22 @@ app.add_typer(catalog_app, name='catalog')
 models_app = typer.Typer(help='See which models are registered, and decide which one is in service.', no_args_is_help=True)
 app.add_typer(models_app, name='models')
 
+
+def _scenes(incomplete: str) -> list[str]:
+    "Scenes that ship with the package, for the shell's completion."
+    from importlib.resources import files
+
+    names = sorted(path.name.removesuffix('.yaml') for path in files('heimdall_train').joinpath('scenes').iterdir() if path.name.endswith('.yaml'))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 CatalogOption = Annotated[
     str | None, typer.Option('--catalog', help='Catalog of sessions: an SQLite file, or postgresql://user@server/database [default: runs/catalog.db]')
 ]
 StoreOption = Annotated[str | None, typer.Option('--store', help='Store of recordings and tables: a folder or s3://bucket/prefix [default: runs/store]')]
 DatasetOption = Annotated[str | None, typer.Option('--dataset', help='Dataset in the catalog; may be left out where there is only one')]
 SceneOption = Annotated[
-    str | None, typer.Option('--scene', help='Simulate this scene on the way, in place of a catalog: a name or a YAML file')
+    str | None, typer.Option('--scene', autocompletion=_scenes, help='Simulate this scene on the way, in place of a catalog: a name or a YAML file')
 ]
 SceneSeedOption = Annotated[int | None, typer.Option('--scene-seed', help='Of what is persistent in the scene: another one makes a sibling')]
 TestSeedOption = Annotated[int | None, typer.Option('--test-seed', help="Of the scene's test sources")]
@@ -72,10 +119,20 @@ JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON alone on st
 BundleArgument = Annotated[Path, typer.Argument(help='Folder that export has written')]
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error')]
 
+
+def _hush(quiet: bool) -> bool:
+    "Say nothing on standard error but errors."
+    _say.quiet = quiet
+    return quiet
+
+
+QuietOption = Annotated[bool, typer.Option('--quiet', callback=_hush, help='No progress and no hints; only the result, and errors')]
+
 # %% ../nbs/95_cli.ipynb #fe85cce8
 def _run(
     call: Callable[[Any], Any],  # gets the configuration
     debug: bool,  # whether errors keep their traceback
+    again: Callable[[], str] = lambda: 'run the same command again',  # what to do after an interruption
     **values: Any,  # fields of the configuration; None = not given
 ) -> Any:
     "Call with a configuration; input errors end in one line and exit code 2, an interruption in 130."
@@ -84,7 +141,10 @@ def _run(
     try:
         from heimdall_train.config import make_config
 
-        return call(make_config(**values))
+        try:
+            return call(make_config(**values))
+        finally:
+            _say.rest()
     except HeimdallError as error:
         if debug:
             raise
@@ -101,13 +161,67 @@ def _run(
         print(f'heimdall-train: {explain_os_error(where, error)}', file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print('heimdall-train: interrupted; what was finished is kept (a training goes on with --resume)', file=sys.stderr)
+        print(f'heimdall-train: interrupted; what was finished is kept: {again()}', file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def _say(line: str) -> None:
-    "A line of progress, on standard error."
-    print(line, file=sys.stderr, flush=True)
+class _Voice:
+    "Lines on standard error; on a terminal, bars with rate and time left."
+
+    quiet = False
+    bars: Any = None  # rich's, while something is counted
+    task: Any = None  # what is counted, of the bars
+
+    def __call__(self, line: str) -> None:
+        if self.quiet:
+            return
+        if self.bars is not None:
+            self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def __getattr__(self, name: str) -> Any:
+        "`draw`, where there is a terminal to draw on: what counts asks for it."
+        if name == 'draw' and sys.stderr.isatty() and not self.quiet:
+            return self._draw
+        raise AttributeError(name)
+
+    def _draw(self, what: str, done: int, total: int, unit: str) -> None:
+        if self.bars is None:
+            self.bars, self.task = _new_bars(), None
+            self.bars.start()
+        if self.task is None or self.bars.tasks[-1].description != what:
+            if self.task is not None:
+                self.bars.remove_task(self.task)
+            self.task = self.bars.add_task(what, total=total, completed=done, unit=unit)
+        self.bars.update(self.task, completed=done)
+        if done >= total:
+            self.rest()
+
+    def rest(self) -> None:
+        "Leave the terminal as it was found."
+        if self.bars is not None:
+            self.bars.stop()
+            self.bars = None
+
+
+def _new_bars() -> Any:
+    "Bars of rich that tell done, rate and time left."
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        "Per second."
+
+        def render(self, task: Any) -> Text:
+            return Text(f'{task.speed:.3g} {task.fields["unit"]}/s' if task.speed else '')
+
+    what, unit = (TextColumn(f'{{task.{name}}}', markup=False) for name in ('description', 'fields[unit]'))
+    return Progress(what, BarColumn(), MofNCompleteColumn(), unit, Rate(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+_say = _Voice()
 
 
 def _next(*commands: str) -> None:
@@ -127,6 +241,7 @@ def ingest_callback(
     catalog: CatalogOption = None,
     store: StoreOption = None,
     allow_rejects: RejectsOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Read what was recorded into catalog and store."
@@ -156,6 +271,7 @@ def ingest_levels_command(
     dataset: DatasetOption = None,
     allow_rejects: RejectsOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Read a table of received levels; what cannot be used is set aside and listed with its reason."
@@ -178,6 +294,7 @@ def ingest_recordings_command(
     dataset: DatasetOption = None,
     allow_rejects: RejectsOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Read recordings of samples; what cannot be used is set aside and listed with its reason."
@@ -200,14 +317,19 @@ def _ingested(report: Any, as_json: bool, catalog: str | None, store: str | None
         print(json.dumps({name: getattr(report, name) for name in names} | {'rejects': [asdict(reject) for reject in report.rejects]}))
     else:
         print(report)
-    where = f'{f" --catalog {catalog}" if catalog else ""}{f" --store {store}" if store else ""}'
-    _next(f'heimdall-train train{where} --out runs/{report.dataset}')
+    _next(f'heimdall-train train{_where(catalog, store)} --out runs/{report.dataset}')
+
+
+def _where(catalog: str | None, store: str | None) -> str:
+    "The options that say where the data are, where they were given."
+    return f'{f" --catalog {catalog}" if catalog else ""}{f" --store {store}" if store else ""}'
 
 
 @catalog_app.command('init')
 def catalog_init(
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Create the tables that are missing, in an SQLite file or in the schema heimdall of a PostgreSQL database."
@@ -219,10 +341,12 @@ def catalog_init(
 def catalog_upgrade(
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Add the tables, columns and indexes that an older or a network's own catalog lacks; nothing that is there is changed."
     _created(_run(lambda config: _create(config, must_exist=True), debug, catalog=catalog), as_json)
+    _next(f'heimdall-train doctor{_where(catalog, None)}')
 
 
 def _create(config: Any, must_exist: bool) -> tuple[str, list[str]]:
@@ -247,13 +371,14 @@ def _created(done: tuple[str, list[str]], as_json: bool) -> None:
 
 @app.command()
 def simulate(
-    scene: Annotated[str, typer.Argument(help='Name of a scene that ships with the package, or a YAML file')],
+    scene: Annotated[str, typer.Argument(autocompletion=_scenes, help='Name of a scene that ships with the package, or a YAML file')],
     sessions: Annotated[int | None, typer.Option('--sessions', help='How many in all, shared out as the scene does [default: all of the scene]')] = None,
     seed: SeedOption = None,
     store: StoreOption = None,
     catalog: CatalogOption = None,
     dataset: DatasetOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Simulate the recordings of a scene into store and catalog; an interrupted simulation goes on where it stopped."
@@ -266,12 +391,13 @@ def simulate(
         name = config.dataset or load_scene(scene).name
         return simulate(scene, config, sessions, _say), name, f'{open_store(config.store).root}/scenes/{name}'
 
-    counts, name, folder = _run(call, debug, seed=seed, store=store, catalog=catalog, dataset=dataset)
+    again = lambda: 'the same command goes on after the sessions that are in the catalog'  # noqa: E731
+    counts, name, folder = _run(call, debug, again, seed=seed, store=store, catalog=catalog, dataset=dataset)
     if as_json:
         print(json.dumps({'dataset': name, **counts}))
     else:
         print(f'dataset {name}: ' + ', '.join(f'{count} {part}' for part, count in counts.items()) + ' sessions')
-    where = f'{f" --catalog {catalog}" if catalog else ""}{f" --store {store}" if store else ""}'
+    where = _where(catalog, store)
     parts = f'--test-sessions {folder}/test.txt --validation-sessions {folder}/validation.txt'
     _next(f'heimdall-train train{where} --dataset {name} {parts} --out runs/{name}')
 
@@ -285,6 +411,7 @@ def features(
     allow_rejects: RejectsOption = False,
     celery: Annotated[bool, typer.Option('--celery', help='By the workers of a broker (HEIMDALL_BROKER, HEIMDALL_REDIS)')] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Compute the features of a dataset and put them into its store, where other machines fetch them; what is there is not computed again."
@@ -299,9 +426,11 @@ def features(
 
         return share_features(config, _say)
 
-    done = _run(call, debug, catalog=catalog, store=store, dataset=dataset, cache=cache, allow_rejects=allow_rejects or None)
+    again = lambda: 'the same command goes on after the shards that are whole'  # noqa: E731
+    done = _run(call, debug, again, catalog=catalog, store=store, dataset=dataset, cache=cache, allow_rejects=allow_rejects or None)
     sessions = f'{done["sessions"]} sessions in ' if 'sessions' in done else ''
     print(json.dumps(done) if as_json else sessions + '{shards} shards at {key}; {sent} were new'.format(**done))
+    _next(f'heimdall-train train{_where(catalog, store)}{f" --dataset {dataset}" if dataset else ""}')
 
 
 @app.command()
@@ -323,6 +452,7 @@ def train(
     allow_rejects: RejectsOption = False,
     tracking: TrackingOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Train and calibrate a model on the sessions of the catalog."
@@ -332,9 +462,15 @@ def train(
 
         return train(config, _say)
 
+    def again() -> str:
+        given = out or Path('runs/train')
+        kept = any((given / 'checkpoints').glob('epoch-*.sha256'))
+        return f'go on with heimdall-train train --resume --out {given}' if kept else 'no epoch was finished; the same command uses the features that were'
+
     folder = _run(
         call,
         debug,
+        again,
         catalog=catalog,
         store=store,
         dataset=dataset,
@@ -378,6 +514,7 @@ def evaluate(
     seed: SeedOption = None,
     tracking: TrackingOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Evaluate a run on its test sessions, beside its anchor and all baselines."
@@ -396,6 +533,7 @@ def evaluate(
         _print_table(evaluation)
         others = folder / f'report-{evaluation.split}'
         _say(f'report: {(others if others.exists() else folder / "report") / "report.html"}')
+    _next(f'heimdall-train export --model {folder}{f" --catalog {catalog}" if catalog else ""}')
 
 
 @app.command()
@@ -405,6 +543,7 @@ def export(
     dataset: DatasetOption = None,
     tracking: TrackingOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Export a run to ONNX, hold the graph against the model, and register it."
@@ -417,7 +556,7 @@ def export(
     bundle = _run(call, debug, model=model, catalog=catalog, dataset=dataset, tracking=tracking)
     description = json.loads((bundle / 'model.json').read_text())
     print(json.dumps({'bundle': str(bundle), 'verification': description['verification']}) if as_json else bundle)
-    _next(f'heimdall-train predict TABLE.csv --model {bundle}')
+    _next(f'heimdall-train verify {bundle}', f'heimdall-train predict TABLE.csv --model {bundle}')
 
 
 @app.command()
@@ -425,6 +564,7 @@ def verify(
     bundle: BundleArgument,
     key: Annotated[Path | None, typer.Option('--key', help='Public key that must have signed the bundle (PEM) [default: no signature is asked for]')] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Check a bundle: digests, description, no weights elsewhere, the sample's answer, and the signature where a key is given."
@@ -440,6 +580,7 @@ def verify(
     else:
         signed = f'signed by the holder of {key}' if found['signature'] else 'signature not checked'
         print(f'{bundle}: {len(found["files"])} files as exported, sample answered to {found["sample_m"]:.4f} m, {signed}')
+    _next(f'heimdall-train publish {bundle} --to s3://heimdall-models/localization')
 
 
 @app.command()
@@ -447,6 +588,7 @@ def sign(
     bundle: BundleArgument,
     key: Annotated[Path, typer.Option('--key', help='Private key (PEM, elliptic curve); its passphrase in HEIMDALL_SIGN_PASSPHRASE')],
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Check a bundle and sign it: model.sig beside SHA256SUMS."
@@ -466,6 +608,7 @@ def publish(
     bundle: BundleArgument,
     to: Annotated[str, typer.Option('--to', help='Where the versions are: s3://bucket/prefix, or a folder')],
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Bring a bundle to where services look for it, as the next version; what was interrupted is finished, and nothing is overwritten."
@@ -480,6 +623,7 @@ def publish(
         print(json.dumps(published._asdict()))
     else:
         print(f'{published.uri}' + ('' if published.files else ': was there already'))
+    _next(f'heimdall-train predict TABLE.csv --model {published.uri}')
 
 
 @app.command()
@@ -494,6 +638,7 @@ def predict(
     tracking: TrackingOption = None,
     allow_rejects: RejectsOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Locate sessions; ellipses and hyperbolae go to GeoJSON and KML."
@@ -520,6 +665,10 @@ def predict(
         print(json.dumps([location.row() for location in locations]))
     elif out is None:
         print(content.decode(), end='' if content.endswith(b'\n') else '\n')
+    if out is not None:
+        _say(f'{out}: {len(locations)} locations')
+    elif not as_json and form is None:
+        _say('for a map: --out FILE.geojson or FILE.kml')
 
 
 @app.command()
@@ -527,6 +676,7 @@ def report(
     source: Annotated[Path, typer.Argument(help='Run folder or bundle that has been evaluated, or an evaluation-….parquet of a run')],
     out: Annotated[Path | None, typer.Option('--out', help='Folder to write to [default: report beside the evaluation]')] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Write the report of an evaluation: one HTML page that needs nothing else, and its figures as PNG and SVG."
@@ -539,6 +689,7 @@ def report(
 
     page = _run(call, debug)
     print(json.dumps({'report': str(page)}) if as_json else page)
+    _next(f'open {page} in a browser')
 
 
 @app.command()
@@ -548,6 +699,7 @@ def doctor(
     out: OutOption = None,
     tracking: TrackingOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Check what a run needs: Python, packages, disk, catalog, store, tracking; exit code 1 where something is wrong."
@@ -568,6 +720,7 @@ def doctor(
             print(f'{"✓" if finding.healthy else "✗"} {finding.check:9} {finding.found}')
     if not healthy:
         raise typer.Exit(1)
+    _next('heimdall-train demo')
 
 
 @app.command()
@@ -576,6 +729,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option('--out', help='Folder of the sweep [default: runs/ and the name of the file]')] = None,
     tracking: TrackingOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Run nbs/runs/train.ipynb at many points; what is finished is skipped, what was stopped goes on."
@@ -589,8 +743,9 @@ def sweep(
     if as_json:
         print(json.dumps(points))
     else:
-        for point in points:
-            print(f'{point["figure"]:10.4g}  {point["folder"]}  {point["parameters"]}')
+        chosen = [', '.join(f'{name}={value}' for name, value in point['parameters'].items()) for point in points]
+        _print_rows(f'{len(points)} points, the best first', ('figure', 'folder', 'parameters'),
+                    [(f'{point["figure"]:.4g}', str(point['folder']), words) for point, words in zip(points, chosen, strict=True)])
     if points:
         _next(f'heimdall-train evaluate --model {points[0]["folder"]}', f'jupyter lab {points[0]["folder"]}/train.ipynb')
 
@@ -599,6 +754,7 @@ def sweep(
 def serve(
     host: Annotated[str, typer.Option('--host', help='Address to listen at')] = '127.0.0.1',
     port: Annotated[int, typer.Option('--port', help='Port to listen at', min=1, max=65535)] = 8000,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Take training jobs over HTTP; without a broker (HEIMDALL_BROKER) run them here, one at a time."
@@ -615,6 +771,7 @@ def serve(
 
 @app.command()
 def worker(
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Run the training jobs that a broker hands out (HEIMDALL_BROKER, HEIMDALL_REDIS), one at a time."
@@ -634,6 +791,7 @@ def demo(
     seed: SeedOption = None,
     epochs: EpochsOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Simulate a scene, train on it, evaluate beside the baselines, and export: everything in runs/demo."
@@ -644,7 +802,8 @@ def demo(
 
         return demo(config, _say)
 
-    evaluation = _run(call, debug, scene=scene, out=folder, seed=seed, epochs=epochs)
+    again = lambda: f'go on with heimdall-train train --resume --out {folder}, then evaluate and export with --model {folder}'  # noqa: E731
+    evaluation = _run(call, debug, again, scene=scene, out=folder, seed=seed, epochs=epochs)
     if as_json:
         print(evaluation.model_dump_json())
     else:
@@ -660,24 +819,28 @@ def demo(
 
 def _print_table(evaluation) -> None:
     "The evaluation as a table for people."
+    rows = []
+    for name, metrics in evaluation.methods.items():
+        metres = (f'{value:.0f}' for value in (metrics.mean_m, metrics.median_m, metrics.rmse_m, metrics.p90_m, metrics.p95_m))
+        share = (f'{metrics.coverage[level]:.0%}' if metrics.coverage[level] is not None else '–' for level in ('50', '90'))
+        rows.append((name, *metres, *share, f'{metrics.nees:.2f}' if metrics.nees is not None else '–'))
+    columns = ('method', 'mean', 'median', 'RMSE', '90 %', '95 %', '50 % ellipse holds', '90 % ellipse holds', 'NEES')
+    _print_rows(f'{evaluation.n} test sessions, errors in metres', columns, rows)
+
+
+def _print_rows(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    "A table for people: numbers to the right, and no text cut where the output is no terminal."
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f'{evaluation.n} test sessions, errors in metres')
-    for column in ('method', 'mean', 'median', 'RMSE', '90 %', '95 %', '50 % ellipse holds', '90 % ellipse holds', 'NEES'):
-        table.add_column(column, justify='left' if column == 'method' else 'right', no_wrap=column == 'method')
-    rows = {'model': evaluation.model, 'anchor': evaluation.anchor, **evaluation.baselines}
-    for name, metrics in rows.items():
-        if metrics is not None:
-            share = [f'{metrics.coverage[level]:.0%}' if metrics.coverage[level] is not None else '–' for level in ('50', '90')]
-            table.add_row(
-                name,
-                *(f'{value:.0f}' for value in (metrics.mean_m, metrics.median_m, metrics.rmse_m, metrics.p90_m, metrics.p95_m)),
-                *share,
-                f'{metrics.nees:.2f}' if metrics.nees is not None else '–',
-                style='bold' if name == 'model' else None,
-            )
-    Console().print(table)
+    numbers = [all(re.fullmatch(r'–|[-+]?[\d.e+-]+%?', row[place]) for row in rows) for place in range(len(columns))]
+    table = Table(title=title)
+    for name, right in zip(columns, numbers, strict=True):
+        table.add_column(name, justify='right' if right else 'left', overflow='fold', no_wrap=name == 'method')
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row), style='bold' if row[0] == 'model' else None)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def main() -> None:
@@ -714,6 +877,7 @@ def _in_production(config: Any, registry: Any) -> None:
 def models_list(
     tracking: RegistryOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "The registered versions, newest first."
@@ -721,13 +885,14 @@ def models_list(
     if as_json:
         print(json.dumps(rows))
         return
-    for row in rows:
-        figures = [f'{name} –' if row[key] is None else f'{name} {row[key]:.1f} {unit}'
-                   for key, name, unit in (('mean_m', 'mean', 'm'), ('latency_ms', 'latency', 'ms'), ('size_mb', 'size', 'MB'))]
-        forced = f'forced: {row["forced"]}' if row['forced'] else ''
-        print('  '.join([f'{row["version"]:>3}', f'{", ".join(row["aliases"]) or "–":20}', row['created_at'], *figures, forced]).rstrip())
     if not rows:
         print('no version is registered: heimdall-train export registers one')
+        return
+    figures = [['–' if row[key] is None else f'{row[key]:.1f}' for key in ('mean_m', 'latency_ms', 'size_mb')] for row in rows]
+    _print_rows('registered versions', ('version', 'alias', 'made', 'mean, m', 'latency, ms', 'size, MB', 'note'), [
+        (str(row['version']), ', '.join(row['aliases']) or '–', row['created_at'], *each, f'forced: {row["forced"]}' if row['forced'] else '')
+        for row, each in zip(rows, figures, strict=True)])
+    _next('heimdall-train models compare challenger champion', 'heimdall-train models promote')
 
 
 @models_app.command('compare')
@@ -736,6 +901,7 @@ def models_compare(
     other: VersionArgument,
     tracking: RegistryOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "What the gate says of a version beside another."
@@ -754,6 +920,7 @@ def models_promote(
     tracking: RegistryOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Make a version the champion, through the gate: no worse on the same test sessions, calibrated, fast and small enough."
@@ -775,6 +942,7 @@ def models_rollback(
     tracking: RegistryOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     "Make the champion before the present one the champion again."

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .display import did_you_mean
 from .network import HeimdallError
 from .store import local_path
 
@@ -77,7 +78,8 @@ def make_config(
         first = error.errors()[0]
         name = '.'.join(str(part) for part in first['loc'])
         if first['type'] == 'extra_forbidden':
-            raise HeimdallError(f'unknown parameter {name}: known are {", ".join(sorted(Config.model_fields))}') from None
+            meant = did_you_mean(name, Config.model_fields)
+            raise HeimdallError(f'unknown parameter {name}{meant}: known are {", ".join(sorted(Config.model_fields))}') from None
         if isinstance(first.get('ctx', {}).get('error'), HeimdallError):
             raise HeimdallError(str(first['ctx']['error'])) from None
         raise HeimdallError(f'parameter {name}: {first["msg"]}, not {first["input"]!r}') from None

@@ -38,6 +38,7 @@ from heimdall_train.dataset import (
     share_shards,
     with_samples,
 )
+from .display import counted
 from .features import LevelData, level_data
 from .ingest import MAX_REJECTED, IngestReport, ingest_levels
 from .ingest_recordings import RecordingsReport, ingest_recordings
@@ -198,13 +199,13 @@ def simulate(
         missing = [number for number in range(count) if session_id(part, number) not in known]
         if not missing:
             continue
+        tell, done = counted(say, f'simulating {part}', len(missing)), 0
         stored = _stored(simulate_sessions(scene, part, config.seed, missing), store)
-        done = 0
         while batch := list(islice(stored, 100)):
             heard = [session for session in batch if session.recordings]
             catalog.add_sessions(heard, dataset, network=scene_world(scene).network, tables={origin: None}, samples=_sample_counts(heard, scene))
             done += len(batch)
-            say(f'{part}: {done} of {len(missing)} sessions simulated')
+            tell(done)
     ids = {part: [session_id(part, number) for number in range(count)] for part, count in counts.items()}
     present = {session.id for session in catalog.sessions(dataset)}
     for part in ('validation', 'test'):
@@ -302,7 +303,7 @@ def _features(config: Config, found: _Recorded, say: Callable[[str], None]) -> T
         told.append(line)
         say(line)
 
-    data = cached_features(config.cache, found.key, found.network, lambda rows: found.sessions(rows, lines), found.total, _counted(say, found.total),
+    data = cached_features(config.cache, found.key, found.network, lambda rows: found.sessions(rows, lines), found.total, counted(say, 'features', found.total),
                            report, lines, found.store)
     if found.store is not None and len(told) > MAX_REJECTED * found.recordings and not config.allow_rejects:
         raise HeimdallError(f'{len(told)} of {found.recordings} recordings in the store {found.store.root} cannot be used: check them, or give --allow-rejects')
@@ -374,19 +375,6 @@ def _scene_levels(config: Config) -> LevelData:
     "Levels of all sessions of a test bed."
     scene = config_scene(config)
     return level_data((each for part in PARTS for each in simulate_levels(scene, part, config.seed) if each.recordings), scene_world(scene).network)
-
-
-def _counted(say: Callable[[str], None], count: int) -> Callable[[int], None]:
-    "A line at each tenth of the sessions."
-    reported = 0
-
-    def progress(done: int) -> None:
-        nonlocal reported
-        if done * 10 // count > reported:
-            reported = done * 10 // count
-            say(f'features of {done} of {count} sessions')
-
-    return progress
 
 
 def _timed_or_levels(data: TimedData, say: Callable[[str], None]) -> LevelData:

@@ -10,13 +10,14 @@ __all__ = ['COVERAGE_LEVELS', 'CoverageLevel', 'position_errors', 'mahalanobis_s
 # %% ../nbs/60_metrics.ipynb #7baae161
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt
 from scipy.special import ellipe
 from scipy.stats import beta
 
+from .display import digits, html_table
 from .geodesy import SPEED_OF_LIGHT
 
 # %% ../nbs/60_metrics.ipynb #19900147
@@ -201,6 +202,39 @@ class Evaluation(BaseModel):
     anchor: PositionMetrics | None = Field(description='the model before its correction; null where it has no anchor')
     baselines: dict[str, PositionMetrics] = Field(description='by name; a baseline that the data do not support is absent')
     bound_rmse_m: NonNegativeFloat | None = Field(description='lower bound of the RMSE, metres; null where it is not known')
+
+    @property
+    def methods(self) -> dict[str, PositionMetrics]:  # by name, the model first
+        "The model, its anchor where it has one, and the baselines."
+        return {'model': self.model} | ({} if self.anchor is None else {'anchor': self.anchor}) | self.baselines
+
+    def _repr_html_(self) -> str:
+        bound = '' if self.bound_rmse_m is None else f'; no unbiased method has an RMSE below {self.bound_rmse_m:.0f} m'
+        header = ['method', 'mean, m', 'median, m', 'RMSE, m', '90 %, m', '95 %, m', 'in 50 % ellipse', 'in 90 % ellipse', 'NEES (ideal 2)']
+        rows = [[name, *(digits(value, '.0f') for value in (each.mean_m, each.median_m, each.rmse_m, each.p90_m, each.p95_m)),
+                 *(digits(each.coverage.get(key), '.0%') for key in ('50', '90')), digits(each.nees, '.2f')]  # type: ignore[call-overload]
+                for name, each in self.methods.items()]
+        return html_table(f'{self.n} sessions of {self.split}{bound}', header, rows)
+
+    def plot(
+        self,
+        axis: Any = None,  # of Matplotlib, to draw into; a new one by default
+    ) -> Any:  # the axis
+        "Median, 90th percentile and RMSE of each method, in metres."
+        if axis is None:
+            import matplotlib.pyplot as plt
+
+            axis = plt.subplots(figsize=(6, 0.8 + 0.35 * len(self.methods)))[1]
+        for label, marker in (('median', 'o'), ('rmse', 's'), ('p90', '>')):
+            axis.plot([getattr(each, f'{label}_m') for each in self.methods.values()], range(len(self.methods)), marker, label=label.replace('p90', '90 %'))
+        if self.bound_rmse_m is not None:
+            axis.axvline(self.bound_rmse_m, linestyle='--', color='grey', label='bound of the RMSE')
+        axis.set_yticks(range(len(self.methods)), list(self.methods))
+        axis.invert_yaxis()
+        axis.grid(axis='x', alpha=0.3)
+        axis.set(xlabel='distance from the truth, m', xscale='log', title=f'{self.n} sessions of {self.split}')
+        axis.legend(fontsize=8)
+        return axis
 
 
 def evaluation_schema() -> dict:  # a JSON schema, draft 2020-12

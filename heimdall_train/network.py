@@ -12,10 +12,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
+from .display import did_you_mean, digits, html_table, plain
 from .geodesy import Frame
 
 # %% ../nbs/05_network.ipynb #4055f157
@@ -118,7 +120,7 @@ class Network:
         for place, receiver in enumerate(self.receivers):
             if receiver.name == name:
                 return place
-        raise HeimdallError(f'network {self.name} has no receiver {name}: add it to the network or drop it from the input')
+        raise HeimdallError(f'network {self.name} has no receiver {name}{did_you_mean(name, self.names)}: add it to the network or drop it from the input')
 
     def frame(
         self,
@@ -144,6 +146,34 @@ class Network:
         return frame.to_enu([degrees(receiver.latitude) for receiver in self.receivers],
                             [degrees(receiver.longitude) for receiver in self.receivers],
                             [receiver.altitude for receiver in self.receivers])
+
+    def _repr_html_(self) -> str:
+        zone = '' if self.zone is None else f', zone {self.zone.width_m / 1000:g} x {self.zone.height_m / 1000:g} km'
+        rows = [[each.name, digits(each.latitude, '.4f'), digits(each.longitude, '.4f'), digits(each.altitude, '.0f'), 'yes' if each.is_active else 'no']
+                for each in self.receivers]
+        return html_table(f'Network {self.name}: {len(self)} receivers{zone}', ['receiver', 'latitude, °', 'longitude, °', 'altitude, m', 'active'], rows)
+
+    def plot(
+        self,
+        axis: Any = None,  # of Matplotlib, to draw into; a new one by default
+    ) -> Any:  # the axis
+        "Map of the receivers whose position is known, and of the zone; east and north in km. `HeimdallError` where there is nothing to draw."
+        placed = [each for each in self.receivers if each.has_position]
+        frame = self.frame([each.latitude for each in placed if each.latitude is not None], [each.longitude for each in placed if each.longitude is not None])
+        if axis is None:
+            import matplotlib.pyplot as plt
+
+            axis = plt.subplots()[1]
+        places = self.positions_enu(frame)[[each.has_position for each in self.receivers]] / 1000
+        axis.scatter(places[:, 0], places[:, 1], marker='^', color='black', label='receiver')
+        for receiver, place in zip(placed, places, strict=True):
+            axis.annotate(plain(receiver.name), place[:2], xytext=(4, 4), textcoords='offset points', fontsize=8)
+        if self.zone is not None:
+            corners = np.array([[-0.5, 0.5, 0.5, -0.5, -0.5], [-0.5, -0.5, 0.5, 0.5, -0.5]]) * [[self.zone.width_m], [self.zone.height_m]] / 1000
+            axis.plot(*corners, '--', color='tab:blue', label='zone')
+        axis.set(xlabel='east, km', ylabel='north, km', title=plain(f'Network {self.name}'), aspect='equal')
+        axis.legend()
+        return axis
 
     def to_dict(self) -> dict:  # plain values, defaults of receivers left out
         "The network as plain values."

@@ -23,6 +23,7 @@ from .catalog import Catalog
 from .config import Config, make_config
 from .data import as_levels, config_scene, graph_inputs, ingest, read_data, scene_split, write_scene_table  # noqa: F401  (ingest, write_scene_table: for who calls the pipeline)
 from .dataset import MINIMUM_TIMED, Split, TimedData, block_folds, make_split
+from .display import duration
 from .features import LevelData, drift, level_statistics
 from .geodesy import hdop
 from .ingest import read_split_file
@@ -104,7 +105,7 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     "The calibrated model, and what there is to record of its training."
     from heimdall_train.checkpoints import Checkpoint
     from heimdall_train.distributed import leads
-    from heimdall_train.training import fit, new_learner
+    from heimdall_train.training import CountBatches, fit, new_learner
 
     training, validation = data.take(data.rows(split.train)), data.take(data.rows(split.validation))
     frame, started = _frame(data, split.test), time.perf_counter()
@@ -116,15 +117,18 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     def epoch_ended(epoch: int, values: dict) -> None:
         if run is not None:
             run.log_metrics(values, step=epoch)
+        done, elapsed = epoch + 1 - learner.first_epoch, time.perf_counter() - began
+        left = f', {duration(elapsed / done * (config.epochs - epoch - 1))} left' if epoch + 1 < config.epochs else ''
         say(
-            f'epoch {epoch + 1}/{config.epochs}: validation loss {values["validation_loss"]:.3f}, mean error {values["mean_error_m"]:.0f} m'
+            f'epoch {epoch + 1}/{config.epochs}: validation loss {values["validation_loss"]:.3f}, mean error {values["mean_error_m"]:.0f} m; '
+            f'{done * len(training) / elapsed:.3g} sessions/s{left}'
         )
 
     began = time.perf_counter()
     learner = new_learner(model, anchors, training, folds, tuning, config.batch_size, config.seed, gain_drift=config.gain_drift)
     folder, advice = config.out / 'checkpoints', f'go on with heimdall-train train --resume --out {config.out}'
     checkpoint = Checkpoint(folder, _identity(config, data, split), saved, {'mlflow_run_id': run and run.run_id}, say, advice)
-    model = fit(learner, config.epochs, folder, config.learning_rate, callbacks=[checkpoint, *callbacks], progress=epoch_ended)
+    model = fit(learner, config.epochs, folder, config.learning_rate, callbacks=[checkpoint, CountBatches(say), *callbacks], progress=epoch_ended)
     if not leads():
         return model, {}
     seconds = time.perf_counter() - began
@@ -474,7 +478,7 @@ def _run_baselines(config, data, split, test, model, say) -> dict[str, 'Baseline
     training, validation = (data.take(data.rows(ids)) for ids in (split.train, split.validation))
     receivers = data.network.positions_enu(model.frame)
     results = run_baselines(
-        (training.levels, training.enu(model.frame)), (validation.levels, validation.enu(model.frame)), test.levels, receivers[:, :2], config.seed
+        (training.levels, training.enu(model.frame)), (validation.levels, validation.enu(model.frame)), test.levels, receivers[:, :2], config.seed, say
     )
     if isinstance(data, TimedData):
         from heimdall_train.tdoa_baselines import run_tdoa_baselines
@@ -611,6 +615,7 @@ def export(
         'metrics': evaluation['model'] if evaluation else None,
     }
     inputs, truth = graph_inputs(config, data, sessions), data.take(data.rows(sessions)).enu(model.frame)
+    say('exporting the graph: seconds for levels, about two minutes for recordings')
     graph = export_onnx(model, description)
     verification = verify_graph(model, graph, inputs, truth)
     int8 = quantise(graph, graph_inputs(config, data, split.validation[:16]))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .bundle import SIGNATURE, SUMS, check_bundle, read_sums
+from .display import counted
 from .network import HeimdallError
 from .object_store import open_store
 from .store import Store
@@ -57,12 +58,14 @@ def publish(
     store, sums = open_store(to), (folder / SUMS).read_bytes()
     version = claim_version(store, hashlib.sha256(sums).hexdigest())
     names = [*sorted(read_sums(folder)), *([SIGNATURE] if (folder / SIGNATURE).is_file() else []), SUMS]  # the manifest last
-    written = 0
-    for name in names:
+    written, tell = 0, counted(say, 'publishing', len(names), 'files', lines=False)
+    for place, name in enumerate(names):
+        tell(place)
         key, content = f'v{version}/{name}', (folder / name).read_bytes()
         if store.create(key, content):
             written += 1
             say(f'{store.uri(key)}: {len(content) / 1e6:.2f} MB')
         elif name != SIGNATURE and store.read(key) != content:  # no two signatures are the same; the first one stays
             raise HeimdallError(f'{store.uri(key)} is not the file of this bundle, which has claimed v{version}: remove what is there, or publish elsewhere')
+    tell(len(names))
     return Published(version, store.uri(f'v{version}/{SUMS}').removesuffix(f'/{SUMS}'), written)

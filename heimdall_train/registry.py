@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .display import did_you_mean
 from .geodesy import Frame
 from .metrics import clopper_pearson, coverage_counts
 from .network import HeimdallError
@@ -292,7 +293,8 @@ class Registry:
             if str(which) == str(version.number) or which in version.aliases:
                 return version
         known = ', '.join(str(version.number) for version in versions) or 'no version at all'
-        raise HeimdallError(f'{self.name} has no version {which}: the registry has {known}')
+        aliases = [alias for version in versions for alias in version.aliases]
+        raise HeimdallError(f'{self.name} has no version {which}{did_you_mean(str(which), aliases)}: the registry has {known}')
 
     def find(
         self,

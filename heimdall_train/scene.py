@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import yaml
 
+from .display import did_you_mean
 from .network import PIEDMONT, HeimdallError, Network, Receiver, Zone
 
 # %% ../nbs/24_scene.ipynb #bdcd1380
@@ -197,7 +198,7 @@ def load_scene(
         elif str(scene) in scene_names():
             text = files('heimdall_train').joinpath('scenes', f'{scene}.yaml').read_text(encoding='utf-8')
         else:
-            raise HeimdallError(f'no {where}: give a YAML file or one of {", ".join(scene_names())}')
+            raise HeimdallError(f'no {where}{did_you_mean(str(scene), scene_names())}: give a YAML file or one of {", ".join(scene_names())}')
         loaded = _convert(yaml.safe_load(text), Scene, where, path.parent)
     except (OSError, UnicodeDecodeError) as error:
         raise HeimdallError(f'{where}: cannot be read: {getattr(error, "strerror", None) or "not UTF-8 text"}') from error

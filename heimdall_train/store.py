@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 
+from .display import digits, html_table, plain
 from .network import HeimdallError, validate_coordinates
 
 # %% ../nbs/10_store.ipynb #544dd3c0
@@ -92,6 +93,34 @@ class Session:
         if len(set(heard)) < len(heard):
             twice = next(name for name in heard if heard.count(name) > 1)
             raise HeimdallError(f'session {self.id}: two recordings of receiver {twice}')
+
+    def _repr_html_(self) -> str:
+        where = 'source unknown' if self.source is None else f'source at {self.source.latitude:.4f}°, {self.source.longitude:.4f}°'
+        carrier = '' if self.frequency_hz is None else f', {self.frequency_hz / 1e6:g} MHz'
+        rows = [[each.receiver, digits(each.level_db), digits(each.snr_db), digits(each.start_offset * 1e6, '.3f'),
+                 digits(None if each.clock_error_s is None else each.clock_error_s * 1e9, '.0f'), digits(each.sample_rate, 'g'),
+                 '–' if each.iq is None else str(len(each.iq))] for each in self.recordings]
+        header = ['receiver', 'level, dB', 'SNR, dB', 'start, µs', 'clock error, ns', 'rate, samples/s', 'samples here']
+        return html_table(f'Session {self.id}: {self.started_at:%Y-%m-%d %H:%M:%S} UTC, {where}{carrier}', header, rows)
+
+    def plot(
+        self,
+        axis: Any = None,  # of Matplotlib, to draw into; a new one by default
+    ) -> Any:  # the axis
+        "Level at each receiver that measured one, dB; `HeimdallError` where none did."
+        measured = [each for each in self.recordings if each.level_db is not None]
+        if not measured:
+            raise HeimdallError(f'session {self.id} has no level to draw: levels are measured in the samples, see FeatureExtractor')
+        if axis is None:
+            import matplotlib.pyplot as plt
+
+            axis = plt.subplots(figsize=(6, 0.8 + 0.3 * len(measured)))[1]
+        axis.plot([each.level_db for each in measured], range(len(measured)), 'o', color='tab:blue')
+        axis.set_yticks(range(len(measured)), [plain(each.receiver) for each in measured])
+        axis.invert_yaxis()
+        axis.grid(axis='x', alpha=0.3)
+        axis.set(xlabel='level, dB re full scale', title=plain(f'Session {self.id}'))
+        return axis
 
 # %% ../nbs/10_store.ipynb #83452d6e
 _ADVICE = {

@@ -28,6 +28,7 @@ from torch._higher_order_ops.scan import scan
 from torch.nn.functional import embedding, max_pool2d
 
 from .anchor import one_blas_thread
+from .display import fix_table, plot_positions
 from .geodesy import SPEED_OF_LIGHT, ranges
 from .network import HeimdallError
 
@@ -116,6 +117,18 @@ class TdoaFix(NamedTuple):
     cost: torch.Tensor  # weighted sum of squared residuals, shape (B,)
     hdop: torch.Tensor  # of the timed receivers' geometry, at most 1414, shape (B,)
     spread: torch.Tensor  # metres, rms distance of the start grid's posterior from the position, shape (B,)
+
+    def _repr_html_(self) -> str:
+        return fix_table(self.position.cpu(), self.covariance.cpu())
+
+    def plot(
+        self,
+        truth: Any = None,  # metres east and north, shape (B, 2); not drawn by default
+        receivers: Any = None,  # metres east and north, shape (R, 2) or (R, 3); not drawn by default
+        axis: Any = None,  # of Matplotlib, to draw into; a new one by default
+    ) -> Any:  # the axis
+        "Map of the fixes in km with their 90 % ellipses."
+        return plot_positions(self.position.cpu(), self.covariance.cpu(), truth, receivers, axis)
 
 
 class Linearisation(NamedTuple):

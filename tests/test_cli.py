@@ -47,30 +47,30 @@ SESSIONS = {'train': 120, 'validation': 40, 'test': 40}
 
 # What other people's scripts may rely on: a change here is a change of the interface, and belongs into CHANGELOG.md.
 OPTIONS = {
-    'catalog init': ['--catalog', '--debug', '--json'],
-    'catalog upgrade': ['--catalog', '--debug', '--json'],
-    'demo': ['--debug', '--epochs', '--json', '--out', '--scene', '--seed'],
-    'doctor': ['--catalog', '--debug', '--json', '--out', '--store', '--tracking'],
-    'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--seed', '--test-sessions', '--tracking'],
-    'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--tracking'],
-    'features': ['--allow-rejects', '--cache', '--catalog', '--celery', '--dataset', '--debug', '--json', '--store'],
-    'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--store'],
-    'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--store'],
-    'publish': ['--debug', '--json', '--to'],
-    'sign': ['--debug', '--json', '--key'],
-    'verify': ['--debug', '--json', '--key'],
-    'serve': ['--debug', '--host', '--port'],
-    'report': ['--debug', '--json', '--out'],
-    'models compare': ['--debug', '--json', '--tracking'],
-    'models list': ['--debug', '--json', '--tracking'],
-    'models promote': ['--catalog', '--debug', '--force', '--json', '--tracking'],
-    'models rollback': ['--catalog', '--debug', '--json', '--tracking'],
-    'predict': ['--allow-rejects', '--debug', '--format', '--fuse', '--json', '--model', '--out', '--tracking'],
-    'simulate': ['--catalog', '--dataset', '--debug', '--json', '--seed', '--sessions', '--store'],
-    'sweep': ['--debug', '--json', '--out', '--tracking'],
-    'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--resume',
-              '--scene', '--scene-seed', '--seed', '--store', '--test-seed', '--test-sessions', '--tracking', '--validation-sessions'],
-    'worker': ['--debug'],
+    'catalog init': ['--catalog', '--debug', '--json', '--quiet'],
+    'catalog upgrade': ['--catalog', '--debug', '--json', '--quiet'],
+    'demo': ['--debug', '--epochs', '--json', '--out', '--quiet', '--scene', '--seed'],
+    'doctor': ['--catalog', '--debug', '--json', '--out', '--quiet', '--store', '--tracking'],
+    'evaluate': ['--catalog', '--dataset', '--debug', '--json', '--model', '--quiet', '--seed', '--test-sessions', '--tracking'],
+    'export': ['--catalog', '--dataset', '--debug', '--json', '--model', '--quiet', '--tracking'],
+    'features': ['--allow-rejects', '--cache', '--catalog', '--celery', '--dataset', '--debug', '--json', '--quiet', '--store'],
+    'ingest levels': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--quiet', '--store'],
+    'ingest recordings': ['--allow-rejects', '--catalog', '--dataset', '--debug', '--json', '--network', '--quiet', '--store'],
+    'publish': ['--debug', '--json', '--quiet', '--to'],
+    'sign': ['--debug', '--json', '--key', '--quiet'],
+    'verify': ['--debug', '--json', '--key', '--quiet'],
+    'serve': ['--debug', '--host', '--port', '--quiet'],
+    'report': ['--debug', '--json', '--out', '--quiet'],
+    'models compare': ['--debug', '--json', '--quiet', '--tracking'],
+    'models list': ['--debug', '--json', '--quiet', '--tracking'],
+    'models promote': ['--catalog', '--debug', '--force', '--json', '--quiet', '--tracking'],
+    'models rollback': ['--catalog', '--debug', '--json', '--quiet', '--tracking'],
+    'predict': ['--allow-rejects', '--debug', '--format', '--fuse', '--json', '--model', '--out', '--quiet', '--tracking'],
+    'simulate': ['--catalog', '--dataset', '--debug', '--json', '--quiet', '--seed', '--sessions', '--store'],
+    'sweep': ['--debug', '--json', '--out', '--quiet', '--tracking'],
+    'train': ['--allow-rejects', '--cache', '--catalog', '--dataset', '--debug', '--epochs', '--gain-drift', '--json', '--out', '--quiet',
+              '--resume', '--scene', '--scene-seed', '--seed', '--store', '--test-seed', '--test-sessions', '--tracking', '--validation-sessions'],
+    'worker': ['--debug', '--quiet'],
 }
 FIELDS = ['allow_rejects', 'batch_size', 'cache', 'catalog', 'dataset', 'epochs', 'gain_drift', 'heads', 'learning_rate', 'model', 'out', 'resume',
           'scene', 'scene_seed', 'seed', 'store', 'test_seed', 'test_sessions', 'tracking', 'validation_sessions']
@@ -96,7 +96,7 @@ def test_fields_are_frozen():
 
 def test_options_are_fields():
     options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
-    own = {'json', 'debug', 'sessions', 'network', 'host', 'port', 'celery', 'key', 'to', 'format', 'fuse', 'force'}  # of a command, not of a run
+    own = {'json', 'debug', 'quiet', 'sessions', 'network', 'host', 'port', 'celery', 'key', 'to', 'format', 'fuse', 'force'}  # of a command, not of a run
     assert options - own <= set(FIELDS)
 
 
