@@ -249,8 +249,8 @@ def _sections(judged: Judged, images: dict[str, str], worst: list[str]) -> dict[
         flagged = (f'<p>{typicality["flagged"]:.1%} of the sessions are unlike those of the training (typicality above {typicality["threshold"]:.2f}; '
                    'of sessions like those of the calibration at most 5 % should be). Ellipses promise nothing for them.</p>')
     kept = about['training'].get('conformal', {}).get('sessions', 0)
-    promise = (f'<p>Conformal radii come from {kept} validation sessions, by a model that knew nothing of them; its maps then learnt from them as well. They hold for '
-               'sessions exchangeable with those: on average over them, not at every place or every SNR.</p>')
+    promise = (f'<p>Conformal radii come from {kept} validation sessions, by a model that knew nothing of them; its maps then learnt from '
+               'them as well. They hold for sessions exchangeable with those: on average over them, not at every place or every SNR.</p>')
     return {
         'What was found': '<p>' + html.escape(' '.join(findings(judged.evaluation))) + '</p>' + methods_table(judged),
         'Map': _map(judged) + images['map'] + images['places'],
