@@ -25,7 +25,7 @@ import typer
 from typer.core import TyperGroup
 
 # %% ../nbs/95_cli.ipynb #b65860c4
-_ClickException = typer.BadParameter.__mro__[2]  # of the click that typer has, which may be its own
+_ClickException: Any = typer.BadParameter.__mro__[2]  # of the click that typer has, which may be its own
 
 
 def _first_line(error: Any) -> str:
@@ -45,15 +45,17 @@ def _first_line(error: Any) -> str:
 class _Commands(TyperGroup):
     "Commands whose usage errors take one line."
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **settings: Any) -> Any:
+    def main(self, *arguments: Any, **settings: Any) -> Any:
         "Run what was typed; the exit code is 2 where it cannot be understood."
-        if not standalone_mode:
-            return super().main(*arguments, standalone_mode=False, **settings)
+        standalone = settings.pop('standalone_mode', True)
+        settings['standalone_mode'] = False
+        if not standalone:
+            return super().main(*arguments, **settings)
         try:
-            sys.exit(super().main(*arguments, standalone_mode=False, **settings))
+            sys.exit(super().main(*arguments, **settings))
         except _ClickException as error:
             if type(error).__name__ == 'NoArgsIsHelpError':
-                error.show()  # type: ignore[attr-defined]
+                error.show()
             else:
                 print(f'heimdall-train: {_first_line(error)}', file=sys.stderr)
             sys.exit(2)

@@ -212,7 +212,7 @@ class Evaluation(BaseModel):
         bound = '' if self.bound_rmse_m is None else f'; no unbiased method has an RMSE below {self.bound_rmse_m:.0f} m'
         header = ['method', 'mean, m', 'median, m', 'RMSE, m', '90 %, m', '95 %, m', 'in 50 % ellipse', 'in 90 % ellipse', 'NEES (ideal 2)']
         rows = [[name, *(digits(value, '.0f') for value in (each.mean_m, each.median_m, each.rmse_m, each.p90_m, each.p95_m)),
-                 *(digits(each.coverage.get(key), '.0%') for key in ('50', '90')), digits(each.nees, '.2f')]  # type: ignore[call-overload]
+                 *(digits(each.coverage.get(key), '.0%') for key in ('50', '90')), digits(each.nees, '.2f')]
                 for name, each in self.methods.items()]
         return html_table(f'{self.n} sessions of {self.split}{bound}', header, rows)
 

@@ -186,6 +186,8 @@ SHOWN = 9  # sessions in a figure
 class SessionLearner(ResumableLearner):
     "A fastai Learner of sessions, whose batches and results can be looked at."
 
+    path: Any  # fastai's, where it writes
+
     def show_batch(
         self,
         max_n: int = 3,  # sessions
