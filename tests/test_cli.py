@@ -509,7 +509,7 @@ def test_papermill(chain: Chain, tmp_path: Path):
 
 
 def test_papermill_refuses_an_unknown_parameter(tmp_path: Path):
-    with pytest.raises(papermill.PapermillExecutionError, match='HeimdallError: unknown parameter epoch: known are allow_rejects'):
+    with pytest.raises(papermill.PapermillExecutionError, match=r'HeimdallError: unknown parameter epoch \(did you mean epochs\?\): known are allow_rejects'):
         papermill.execute_notebook(RUN_NOTEBOOK, tmp_path / 'out.ipynb', {'epoch': 1}, progress_bar=False, cwd=tmp_path)
 
 
