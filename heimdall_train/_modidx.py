@@ -1049,6 +1049,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'heimdall_train.model.Correction.forward': ( 'model.html#correction.forward',
                                                                                    'heimdall_train/model.py'),
                                       'heimdall_train.model.Heads': ('model.html#heads', 'heimdall_train/model.py'),
+                                      'heimdall_train.model.Heads.__init__': ('model.html#heads.__init__', 'heimdall_train/model.py'),
                                       'heimdall_train.model.Heads.forward': ('model.html#heads.forward', 'heimdall_train/model.py'),
                                       'heimdall_train.model.LocalizationNet': ('model.html#localizationnet', 'heimdall_train/model.py'),
                                       'heimdall_train.model.LocalizationNet.__init__': ( 'model.html#localizationnet.__init__',

@@ -123,6 +123,12 @@ def match_moments(
 class Heads(nn.ModuleList):
     "Several corrections of the same fix by the same features."
 
+    def __init__(
+        self,
+        heads: list[Correction],  # each with weights of its own
+    ):
+        super().__init__(heads)
+
     def forward(
         self,
         features: torch.Tensor,  # of order one, shape (B, features)
