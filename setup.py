@@ -21,7 +21,7 @@ setup(
     keywords=settings['keywords'],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=['heimdall_train', 'heimdall_train.*']),
-    package_data={'heimdall_train': ['scenes/*.yaml', 'py.typed']},
+    package_data={'heimdall_train': ['scenes/*.yaml', 'train.ipynb', 'py.typed']},
     install_requires=settings['requirements'].split(),
     extras_require={extra: settings[f'{extra}_requirements'].split() for extra in ('jobs', 'sign', 'lightning', 'dev')},
     entry_points={

@@ -115,27 +115,30 @@ def _arctan_small(x):
 
 
 def _height_surface(height, frame):
-    "Axis distance and z (metres) of the frame's origin, a and b (1/m²) of the ellipsoid a·p² + b·z² = 1 that touches the surface of the height there."
+    "Axis distance and z (metres) of the frame's origin; a and b (1/m²) of the ellipsoid a·p² + b·z² = 1 that touches the surface of the height there; how much less that is bent (1/m)."
     phi = np.radians(frame.latitude)
     normal = SEMI_MAJOR_AXIS / np.sqrt(1 - ECCENTRICITY_SQUARED * np.sin(phi) ** 2)
     equatorial, polar = normal + height, normal * (1 - ECCENTRICITY_SQUARED) + height
     scale = 1 / (equatorial * np.cos(phi) ** 2 + polar * np.sin(phi) ** 2)
-    return float(np.hypot(*frame.origin_ecef[:2])), float(frame.origin_ecef[2]), scale / equatorial, scale / polar
+    a, b = scale / equatorial, scale / polar
+    along = normal * (1 - ECCENTRICITY_SQUARED) / (1 - ECCENTRICITY_SQUARED * np.sin(phi) ** 2) + height  # radius of curvature in the meridian
+    bend = a * b * (np.cos(phi) ** 2 / a + np.sin(phi) ** 2 / b) ** 1.5 - 1 / along
+    return float(np.hypot(*frame.origin_ecef[:2])), float(frame.origin_ecef[2]), a, b, bend
 
 
 def _horizontal_to_geodetic(east, north, height, frame):
     "Latitude and longitude (degrees) of the point at `height` with the given east and north of `frame`."
-    sin, cos, (axis_origin, z_origin, a, b) = np.sin(np.radians(frame.latitude)), np.cos(np.radians(frame.latitude)), _height_surface(height, frame)
+    sin, cos, (axis_origin, z_origin, a, b, bend) = np.sin(np.radians(frame.latitude)), np.cos(np.radians(frame.latitude)), _height_surface(height, frame)
     (sine, cosine, axis_distance, z, square, half_constant, half_north, constant, linear, quadratic, of_east, flattened, polar, equatorial,
-     tangent_origin, degrees) = (_constant(east, float(value)) for value in (
+     half_bend, tangent_origin, degrees) = (_constant(east, float(value)) for value in (
         sin, cos, axis_origin, z_origin,
         a * cos**2 + b * sin**2, a * axis_origin * cos + b * z_origin * sin, (b - a) * sin * cos,
         a * axis_origin**2 + b * z_origin**2 - 1, 2 * (b * z_origin * cos - a * axis_origin * sin), a * sin**2 + b * cos**2, a,
         1 - FLATTENING, ECCENTRICITY_SQUARED / (1 - ECCENTRICITY_SQUARED) * SEMI_MAJOR_AXIS * (1 - FLATTENING), ECCENTRICITY_SQUARED * SEMI_MAJOR_AXIS,
-        sin / cos, 180 / np.pi))
+        bend / 2, sin / cos, 180 / np.pi))
     half = half_constant + half_north * north
     rest = constant + north * (linear + quadratic * north) + of_east * (east * east)
-    up = -rest / (half + (half * half - square * rest) ** 0.5)
+    up = half_bend * north * north - rest / (half + (half * half - square * rest) ** 0.5)
     meridian = axis_distance - north * sine + up * cosine
     z = z + north * cosine + up * sine
     axis_distance = (meridian * meridian + east * east) ** 0.5

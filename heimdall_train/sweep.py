@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def run_notebook_path(
     sweep: Sweep,  # may name another one
 ) -> Path:
     "The notebook of a run; `HeimdallError` where it is not there."
-    path = sweep.notebook or Path(__file__).resolve().parent.parent / 'nbs' / 'runs' / 'train.ipynb'
+    path = sweep.notebook or Path(str(files('heimdall_train'))) / 'train.ipynb'
     if not path.is_file():
-        raise HeimdallError(f'{path} is not there: clone the repository, or name a copy of nbs/runs/train.ipynb as notebook in the sweep file')
+        raise HeimdallError(f'{path} is not there: name the notebook of a run, such as nbs/runs/train.ipynb of the repository, as notebook in the sweep file')
     return path
 
 
