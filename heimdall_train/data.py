@@ -230,7 +230,15 @@ def part_counts(
         return counts
     if sessions < len(PARTS):
         raise HeimdallError(f'{sessions} sessions cannot be shared out over {", ".join(PARTS)}: ask for more')
-    return {part: min(count, max(1, round(sessions * count / sum(counts.values())))) for part, count in counts.items()}
+    wanted = min(sessions, sum(counts.values()))
+    exact = {part: wanted * count / sum(counts.values()) for part, count in counts.items()}
+    shared = {part: max(1, int(share)) for part, share in exact.items()}
+    while sum(shared.values()) != wanted:  # the largest remainder gets one more, or who has most gives one
+        if sum(shared.values()) < wanted:
+            shared[max(shared, key=lambda part: exact[part] - shared[part])] += 1
+        else:
+            shared[max(shared, key=lambda part: shared[part])] -= 1
+    return shared
 
 
 def _simulated(catalog: Catalog, dataset: str, origin: str) -> set[str]:
