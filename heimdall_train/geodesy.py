@@ -115,7 +115,7 @@ def _arctan_small(x):
 
 
 def _height_surface(height, frame):
-    "Axis distance and z (m) of the origin; a and b (1/m²) of the ellipsoid a·p² + b·z² = 1 that touches the surface of the height there; how much more it is bent (1/m)."
+    "Axis distance and z (m) of the origin; a and b (1/m²) of the ellipsoid that touches the surface of the height there; how much more it is bent (1/m)."
     phi = np.radians(frame.latitude)
     normal = SEMI_MAJOR_AXIS / np.sqrt(1 - ECCENTRICITY_SQUARED * np.sin(phi) ** 2)
     equatorial, polar = normal + height, normal * (1 - ECCENTRICITY_SQUARED) + height
