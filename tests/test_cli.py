@@ -743,7 +743,8 @@ def test_a_watched_folder_is_ingested_as_it_fills(chain: Chain, tmp_path: Path):
 
 
 def test_watch_ends_with_an_interruption_and_says_what_it_did(chain: Chain, tmp_path: Path):
-    program = [sys.executable, '-c', 'from heimdall_train.cli import main; main()']
+    program = [sys.executable, '-c', 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # in the background it would be ignored
+               'from heimdall_train.cli import main; main()']
     options = ['ingest', '--watch', chain.scene, '--catalog', tmp_path / 'catalog.db', '--store', tmp_path / 'store']
     process = subprocess.Popen([str(part) for part in program + options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = process.stdout.readline()
