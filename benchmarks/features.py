@@ -71,6 +71,7 @@ def main() -> None:
     own = statistics.median(rates['heimdall_train'])
     summary = {
         'claim': 'at least 100 sessions/s a core, faster than the others',
+        'date': time.strftime('%Y-%m-%d'),
         'hardware': {'cpu': processor(), 'cores': os.cpu_count(), 'load': os.getloadavg()[0], 'threads': 1},
         'versions': {'python': platform.python_version(), **{name: version(name) for name in ('numpy', 'scipy', 'torch', 'torchaudio')}},
         'setup': {'receivers': RECEIVERS, 'samples': SAMPLES, 'rate': RATE, 'sessions': options.sessions, 'repeats': options.repeats, 'batch': options.batch},

@@ -56,6 +56,7 @@ def main() -> None:
     gain = one['maps']['onnx']['p50_ms'] / one['maps']['int8']['p50_ms']
     summary = {
         'claim': 'IQ → fix p50 at most 2.5 x ResNet-18 alone; p99 < 100 ms; int8 at least 1.8 x faster for maps → fix; one core',
+        'date': time.strftime('%Y-%m-%d'),
         'hardware': {'cpu': processor(), 'flags': flags(), 'cores': os.cpu_count(), 'load': os.getloadavg()[0]},
         'versions': {'python': platform.python_version(), **{name: version(name) for name in ('torch', 'onnx', 'onnxruntime', 'numpy')}},
         'setup': {**described, 'repeats': options.repeats, 'batch': options.sessions, 'seeds': [0]},
