@@ -182,11 +182,10 @@ class _Voice:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def __getattr__(self, name: str) -> Any:
-        "`draw`, where there is a terminal to draw on: what counts asks for it."
-        if name == 'draw' and sys.stderr.isatty() and not self.quiet:
-            return self._draw
-        raise AttributeError(name)
+    @property
+    def draw(self) -> Callable[[str, int, int, str], None] | None:
+        "Draws a bar, where there is a terminal to draw on: what counts asks for it."
+        return self._draw if sys.stderr.isatty() and not self.quiet else None
 
     def _draw(self, what: str, done: int, total: int, unit: str) -> None:
         if self.bars is None:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'PATHS', 'LEASE_S', 'ATTEMPTS', 'FINISHED', 'KEPT_S', 'LOOK_S', 'GRACE_S', 'QUEUE', 'TASK', 'FEATURES_TASK',
-           'OUTBOX_S', 'ServiceSettings', 'service_settings', 'with_password', 'check_choice', 'Progress', 'Job',
-           'new_job', 'claimed', 'beaten', 'ended', 'given_back', 'handed_on', 'cancelled', 'StoreAway', 'JobStore',
-           'SqliteJobs', 'RedisJobs', 'open_jobs', 'extra', 'train_here', 'train_command', 'run_job', 'celery_app',
-           'work', 'Outbox', 'spread_features', 'LocalWorker']
+           'ServiceSettings', 'service_settings', 'with_password', 'check_choice', 'Progress', 'Job', 'new_job',
+           'claimed', 'beaten', 'ended', 'given_back', 'handed_on', 'cancelled', 'StoreAway', 'JobStore', 'SqliteJobs',
+           'RedisJobs', 'open_jobs', 'extra', 'train_here', 'train_command', 'run_job', 'celery_app', 'work',
+           'StoreThread', 'Outbox', 'spread_features', 'LocalWorker']
 
 # %% ../nbs/92_jobs.ipynb #706b05a8
 import hashlib
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import AliasChoices, BaseModel, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -685,18 +685,16 @@ def work(
     app.worker_main(['worker', '--loglevel=WARNING', '--without-gossip', '--without-mingle', '--without-heartbeat'])
 
 # %% ../nbs/92_jobs.ipynb #f9c46491
-OUTBOX_S = 3.0  # between two looks for jobs that the broker does not have
+class StoreThread:
+    "A thread that looks at a store of jobs: at once where it is told that there is something new, and every few seconds; a context manager."
 
-
-class Outbox:
-    "Hands jobs of a store on to a broker, in a thread; a context manager."
+    every_s = 2.0  # between two looks
 
     def __init__(
         self,
         store: JobStore,  # of jobs
-        send: Callable[[str], None],  # hands a job's id on; `HeimdallError` where that cannot be done now
     ):
-        self.store, self.send = store, send
+        self.store = store
         self.stop, self.new = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
 
@@ -707,21 +705,21 @@ class Outbox:
         "Look at the store."
         self.new.set()
 
+    def look(self) -> bool:  # whether there may be more to do at once
+        "Do what there is to do."
+        raise NotImplementedError
+
     def _work(self) -> None:
         while not self.stop.is_set():
             self.new.clear()
             try:
-                for job in self.store.unfinished():
-                    if not job.handed_on and not self.stop.is_set():
-                        self.send(job.id)
-                        self.store.change(job.id, handed_on)
-            except Exception as error:  # a broker that is away, a store that is: both may be back at the next look
+                if not self.look():
+                    self.new.wait(self.every_s)
+            except Exception as error:  # a broker that is away, a store that is, a job without luck: the next look may have more
                 print(f'{error}; trying again' if isinstance(error, HeimdallError) else f'{type(error).__name__}: {error}', file=sys.stderr, flush=True)
-                self.stop.wait(OUTBOX_S)
-            else:
-                self.new.wait(OUTBOX_S)
+                self.stop.wait(self.every_s)
 
-    def __enter__(self) -> 'Outbox':
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
@@ -729,6 +727,28 @@ class Outbox:
         self.stop.set()
         self.new.set()
         self.thread.join(GRACE_S + 5)
+
+
+class Outbox(StoreThread):
+    "Hands jobs of a store on to a broker."
+
+    every_s = 3.0
+
+    def __init__(
+        self,
+        store: JobStore,  # of jobs
+        send: Callable[[str], None],  # hands a job's id on; `HeimdallError` where that cannot be done now
+    ):
+        super().__init__(store)
+        self.send = send
+
+    def look(self) -> bool:
+        "Send what is not handed on."
+        for job in self.store.unfinished():
+            if not job.handed_on and not self.stop.is_set():
+                self.send(job.id)
+                self.store.change(job.id, handed_on)
+        return False
 
 # %% ../nbs/92_jobs.ipynb #6d518e2c
 def spread_features(
@@ -778,8 +798,8 @@ def spread_features(
     return {'shards': total, 'sent': new, 'key': f'features/{key}'}
 
 # %% ../nbs/92_jobs.ipynb #523b006d
-class LocalWorker:
-    "Runs the jobs of a store one after the other, in a thread; a context manager."
+class LocalWorker(StoreThread):
+    "Runs the jobs of a store one after the other."
 
     def __init__(
         self,
@@ -787,35 +807,12 @@ class LocalWorker:
         folder: Path,  # of all run folders
         command: Callable[[Path], list[str]] = train_command,  # that trains in a run folder
     ):
-        self.store, self.folder, self.command = store, folder, command
-        self.stop, self.new = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._work, daemon=True)
+        super().__init__(store)
+        self.folder, self.command = folder, command
 
-    def submit(
-        self,
-        id: str,  # of a job in the store
-    ) -> None:
-        "Look at the store."
-        self.new.set()
-
-    def _work(self) -> None:
-        while not self.stop.is_set():
-            self.new.clear()
-            try:
-                waiting = self.store.unfinished()
-                if waiting:
-                    run_job(self.store, waiting[0].id, self.folder, self.stop, self.command)
-                else:
-                    self.new.wait(2.0)
-            except Exception as error:  # the next job may have more luck
-                print(f'{type(error).__name__}: {error}', file=sys.stderr, flush=True)
-                self.stop.wait(2.0)
-
-    def __enter__(self) -> 'LocalWorker':
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop.set()
-        self.new.set()
-        self.thread.join(GRACE_S + 5)
+    def look(self) -> bool:
+        "Run the job that was asked for first."
+        waiting = self.store.unfinished()
+        if waiting:
+            run_job(self.store, waiting[0].id, self.folder, self.stop, self.command)
+        return bool(waiting)

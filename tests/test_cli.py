@@ -747,8 +747,11 @@ def test_watch_ends_with_an_interruption_and_says_what_it_did(chain: Chain, tmp_
                'from heimdall_train.cli import main; main()']
     options = ['ingest', '--watch', chain.scene, '--catalog', tmp_path / 'catalog.db', '--store', tmp_path / 'store']
     process = subprocess.Popen([str(part) for part in program + options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    said = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        said = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert 'sessions added to dataset' in said and process.returncode == 130 and 'interrupted' in errors
     assert call('ingest', '--watch', tmp_path / 'absent').exit_code == 2

@@ -28,12 +28,15 @@ def command(*arguments: object) -> list[str]:
 def interrupted(arguments: list[object], when: Callable[[], bool]) -> str:
     "What is said on Ctrl-C, which is sent as soon as `when` holds."
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    give_up = time.monotonic() + 120
-    while not when():
-        assert process.poll() is None and time.monotonic() < give_up, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    try:
+        give_up = time.monotonic() + 120
+        while not when():
+            assert process.poll() is None and time.monotonic() < give_up
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and output == '' and 'Traceback' not in errors, errors
     return errors
 
