@@ -7,8 +7,8 @@ from notebooks import CellError, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 # the longest: by nbdev-test only; other tests here call what they export
-ONCE = {'25_simulation', '36_iq_features', '45_anchor', '46_tdoa', '65_baselines', '67_tdoa_baselines', '70_training', '80_export', '81_verification',
-        '82_bundle', '86_quantisation', '89_report_page', '90_pipeline'}
+ONCE = {'25_simulation', '36_iq_features', '45_anchor', '46_tdoa', '64_baselines', '65_tdoa_baselines', '70_training', '80_export', '81_verification',
+        '83_bundle', '82_quantisation', '79_report_page', '90_pipeline'}
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').glob('[0-9]*.ipynb') if path.stem not in ONCE)
 
 
