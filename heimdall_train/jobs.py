@@ -100,7 +100,7 @@ def with_password(
 
 # %% ../nbs/92_jobs.ipynb #d50bfccd
 CHOSEN = ('catalog', 'store', 'dataset', 'scene', 'scene_seed', 'test_seed', 'test_sessions', 'validation_sessions', 'seed', 'epochs', 'batch_size',
-          'learning_rate', 'gain_drift', 'allow_rejects')  # fields of `Config` that a caller may set
+          'learning_rate', 'gain_drift', 'heads', 'allow_rejects')  # fields of `Config` that a caller may set
 PATHS = ('catalog', 'store', 'scene', 'test_sessions', 'validation_sessions')  # those among them that name something on the disk
 
 

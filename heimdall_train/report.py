@@ -196,5 +196,5 @@ def findings(
              f'{model.median_m:.0f} m and one in ten above {model.p90_m:.0f} m.', *_compared(evaluation), *_verdict(evaluation)]
     if evaluation.bound_rmse_m is not None and model.rmse_m > 0:
         found.append(f'No unbiased fix from time differences can have an RMSE below {evaluation.bound_rmse_m:.0f} m, excess paths known; '
-                     f'the efficiency, that bound over the RMSE, is {evaluation.bound_rmse_m / model.rmse_m:.0%}.')
+                     f'the efficiency, the square of that bound over the RMSE, is {(evaluation.bound_rmse_m / model.rmse_m) ** 2:.0%}.')
     return found

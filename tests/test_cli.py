@@ -15,6 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import jsonschema
+import nbformat
 import numpy as np
 import pandas as pd
 import papermill
@@ -33,6 +34,7 @@ from heimdall_train.cli import app
 from heimdall_train.config import make_config
 from heimdall_train.data import watch
 from heimdall_train.ingest import IngestReport
+from heimdall_train.jobs import CHOSEN
 from heimdall_train.localizer import Localizer
 from heimdall_train.metrics import clopper_pearson, evaluation_schema
 from heimdall_train.network import HeimdallError
@@ -98,6 +100,14 @@ def test_options_are_fields():
     options = {option.removeprefix('--').replace('-', '_') for names in OPTIONS.values() for option in names}
     own = {'json', 'debug', 'quiet', 'sessions', 'network', 'host', 'port', 'celery', 'key', 'to', 'format', 'fuse', 'force'}  # of a command, not of a run
     assert options - own <= set(FIELDS)
+
+
+def test_the_same_names_everywhere():
+    "A field that is added is to be set by papermill and by a job as well, or it is said here why not."
+    cells = nbformat.read(RUN_NOTEBOOK, 4).cells
+    parameters, = (cell.source for cell in cells if 'parameters' in cell.metadata.get('tags', []))
+    assert {line.split(' = ')[0] for line in parameters.splitlines()} == set(FIELDS) - {'model', 'resume', 'allow_rejects'}  # of other commands
+    assert set(CHOSEN) == set(FIELDS) - {'model', 'resume', 'out', 'cache', 'tracking'}  # the service decides on these
 
 
 def call(*arguments: object):
