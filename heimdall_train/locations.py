@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from .display import html_table, plain
 from .geodesy import Frame, ranges
 from .metrics import ellipse_radius
 from .network import HeimdallError, Receiver
@@ -65,6 +66,9 @@ def hyperbola(
     return np.stack([longitude, latitude], axis=1)[np.abs(wrong) < 0.1]
 
 # %% ../nbs/85_locations.ipynb #01931955
+ELLIPSES = (0.5, 0.9)  # that are drawn
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     "Which model answered."
@@ -168,10 +172,35 @@ class Location:
             'model_sha256': self.model.sha256,
         }
 
+    def _repr_html_(self) -> str:
+        longer, shorter, azimuth = self.axes(0.9)
+        values = {'latitude, longitude': f'{self.latitude:.5f}°, {self.longitude:.5f}°', 'σ east, north': f'{self.sigma[0]:.0f} m, {self.sigma[1]:.0f} m',
+                  '90 % ellipse, semi-axes': f'{longer:.0f} m by {shorter:.0f} m, the longer one towards {azimuth:.0f}° from north',
+                  'heard by': ', '.join(self.receivers), 'note': self.note or 'none', 'model': ' '.join(filter(None, [self.model.name, self.model.version]))}
+        return html_table(f'Session {self.session_id}: {self.started_at:%Y-%m-%d %H:%M:%S} UTC', ['what', 'value'], list(values.items()))
+
+    def plot(
+        self,
+        axis: Any = None,  # of Matplotlib, to draw into; a new one by default
+    ) -> Any:  # the axis, in degrees
+        "Map of position, ellipses and measured hyperbolae."
+        if axis is None:
+            import matplotlib.pyplot as plt
+
+            axis = plt.subplots(figsize=(5, 4))[1]
+        for difference, line in self.hyperbolae():
+            axis.plot(*line.T, linewidth=0.6, color='tab:grey', label=plain(f'{difference.receiver.name} against {difference.reference.name}'))
+        for level, style in zip(ELLIPSES, ('--', '-'), strict=True):
+            axis.plot(*self.ellipse(level).T, style, color='tab:blue', label=f'{level:.0%} ellipse')
+        axis.plot(self.longitude, self.latitude, 'x', color='tab:blue', label='estimate')
+        outline = self.ellipse(0.9)
+        low, high = outline.min(axis=0), outline.max(axis=0)
+        axis.set(xlim=(1.5 * low[0] - 0.5 * high[0], 1.5 * high[0] - 0.5 * low[0]), ylim=(1.5 * low[1] - 0.5 * high[1], 1.5 * high[1] - 0.5 * low[1]),
+                 xlabel='longitude, degrees', ylabel='latitude, degrees', aspect=1 / np.cos(np.radians(self.latitude)), title=plain(f'Session {self.session_id}'))
+        axis.legend(fontsize=7)
+        return axis
+
 # %% ../nbs/85_locations.ipynb #2c6a96e8
-ELLIPSES = (0.5, 0.9)
-
-
 def _shapes(location: Location) -> list[tuple[str, str, np.ndarray]]:
     "What is drawn of a location: its kind in GeoJSON, what it is, and longitude and latitude of its points."
     shapes = [('Point', 'position', np.array([[location.longitude, location.latitude]]))]
