@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import jsonschema
+import matplotlib.pyplot as plt
 import numpy as np
 import pyproj
 import pytest
@@ -40,6 +41,7 @@ from heimdall_train.recordings import simulate_sessions
 from heimdall_train.scene import load_scene, scene_world
 from heimdall_train.store import Session, encode_iq, write_file
 from heimdall_train.timed_model import TimedNet
+from heimdall_train.training import new_learner
 from heimdall_train.verification import spoilt_recordings, verify_graph
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -479,6 +481,22 @@ def test_one_answer_is_taken_apart(chain: Chain):
     assert np.hypot(*(found.position - found.truth)) == pytest.approx(row['error_m'], abs=0.01)
     assert found.heard.sum() == row['heard'] and np.isfinite(found.pull[found.heard]).all()
     assert np.isnan(found.typicality) and row['typical']  # half of 24 validation sessions are too few for a threshold: 19 are needed
+
+
+def test_a_learner_of_recordings_shows_maps_and_places(chain: Chain):
+    data = read_data(chain.config)
+    assert isinstance(data, TimedData)
+    training, validation = (data.take(data.rows(scene_split(data, part))) for part in ('train', 'validation'))
+    model = load_model(chain.run / 'model.safetensors')
+    learner = new_learner(model, [model.anchor], training, np.zeros(len(training), int), validation)
+    axes = learner.dls.show_batch(2)
+    assert axes.shape == (2, len(data.network)) and [axis.get_title() for axis in axes[0]] == data.network.names
+    assert [len(axis.images) for axis in axes[0]] == training.heard[0].astype(int).tolist()
+    lines = {line.get_label(): line.get_xydata() for line in learner.show_results(max_n=5).lines}
+    shown = np.linspace(0, len(validation) - 1, 5).astype(int)
+    np.testing.assert_allclose(lines['truth'] * 1000, validation.enu(model.frame)[shown, :2], atol=0.1)
+    assert np.linalg.norm(lines['estimate'] - lines['truth'], axis=1).max() < 5  # kilometres
+    plt.close('all')
 
 
 def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
