@@ -10,6 +10,7 @@ __all__ = ['MANIFESTS', 'ingest', 'ingest_samples', 'watch', 'write_scene_table'
 # %% ../nbs/87_data.ipynb #f7455d33
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ import numpy as np
 from .catalog import Catalog
 from .config import Config, make_config
 from heimdall_train.dataset import (
+    SHARD,
     MINIMUM_TIMED,
     TimedData,
     absent_shards,
@@ -374,7 +376,9 @@ def _of_scene(config: Config) -> _Recorded:
     def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
         for part in PARTS:
             numbers = [row - starts[part] for row in rows if 0 <= row - starts[part] < counts[part]]
-            yield from simulate_sessions(scene, part, config.seed, numbers)
+            pieces = np.array_split(numbers, max(1, math.ceil(len(numbers) / SHARD)))
+            for made in ahead(lambda piece, part=part: list(simulate_sessions(scene, part, config.seed, piece)), pieces, 1):  # while features are computed
+                yield from made
 
     return _Recorded(network, key, sum(counts.values()), 0, sessions, None)
 

@@ -194,9 +194,10 @@ class Location:
             axis.plot(*self.ellipse(level).T, style, color='tab:blue', label=f'{level:.0%} ellipse')
         axis.plot(self.longitude, self.latitude, 'x', color='tab:blue', label='estimate')
         outline = self.ellipse(0.9)
-        low, high = outline.min(axis=0), outline.max(axis=0)
-        axis.set(xlim=(1.5 * low[0] - 0.5 * high[0], 1.5 * high[0] - 0.5 * low[0]), ylim=(1.5 * low[1] - 0.5 * high[1], 1.5 * high[1] - 0.5 * low[1]),
-                 xlabel='longitude, degrees', ylabel='latitude, degrees', aspect=1 / np.cos(np.radians(self.latitude)), title=plain(f'Session {self.session_id}'))
+        edges = np.stack([outline.min(axis=0), outline.max(axis=0)])
+        (west, south), (east, north) = edges + 0.5 * np.diff(edges, axis=0) * [[-1], [1]]
+        axis.set(xlim=(west, east), ylim=(south, north), aspect=1 / np.cos(np.radians(self.latitude)))
+        axis.set(xlabel='longitude, degrees', ylabel='latitude, degrees', title=plain(f'Session {self.session_id}'))
         axis.legend(fontsize=7)
         return axis
 
