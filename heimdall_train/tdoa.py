@@ -487,7 +487,7 @@ def excess_covariance(
 def neighbourhoods(
     places: np.ndarray,  # metres east and north, shape (M, 2)
     targets: np.ndarray | None = None,  # metres east and north, shape (G, 2); by default the places, each predicted without itself
-    rows: int = 1000,  # at a time
+    rows: int = 250,  # at a time, whose covariances fit a processor's cache
 ) -> Iterator[tuple[slice, Neighbourhood]]:  # rows of the targets, and their neighbourhood
     "Neighbourhoods of many targets, a piece at a time."
     own = targets is None
