@@ -2,6 +2,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,29 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_xdist_auto_num_workers() -> int:
     "One more than there are cores, for many tests wait: for servers that start, or come back."
     return len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _exporter_without_coverage() -> Iterator[None]:
+    "torch's exporter makes a hundred million calls, none of them ours: under coverage they take twice as long. What it calls of ours runs without it too."
+    if sys.gettrace() is None:
+        yield
+        return
+    import torch
+
+    export = torch.onnx.export
+
+    def untraced(*arguments, **settings):
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return export(*arguments, **settings)
+        finally:
+            sys.settrace(tracer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, 'export', untraced)
+        yield
 
 
 @contextmanager

@@ -500,11 +500,17 @@ def test_a_level_table_is_ingested_from_a_bucket(chain: Chain, s3: str, tmp_path
     assert Catalog(str(tmp_path / 'catalog.db')).network() == Catalog(str(chain.catalog)).network()
 
 
-def test_the_same_seed_gives_the_same_model(chain: Chain):
-    chain.train(chain.run.parent / 'again')
-    first, again = (load_file(folder / 'model.safetensors') for folder in (chain.run, chain.run.parent / 'again'))
+def test_the_same_seed_gives_the_same_model_and_a_finished_training_has_nothing_left_to_do(chain: Chain):
+    out = chain.run.parent / 'again'
+    chain.train(out)
+    first, again = (load_file(folder / 'model.safetensors') for folder in (chain.run, out))
     assert first.keys() == again.keys()
     assert [name for name in first if not np.array_equal(first[name], again[name], equal_nan=True)] == []
+    before = [(out / name).read_bytes() for name in ('checkpoints/best.safetensors', 'split.json')]
+    succeed('train', '--resume', '--out', out)
+    assert [(out / name).read_bytes() for name in ('checkpoints/best.safetensors', 'split.json')] == before
+    refused = call('train', '--resume', '--out', out, '--epochs', 5)
+    assert refused.exit_code == 2 and 'belong to another training' in refused.stderr
 
 
 def test_papermill(chain: Chain, tmp_path: Path):

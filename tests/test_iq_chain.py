@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
+import cache_job
 import jsonschema
 import matplotlib.pyplot as plt
 import numpy as np
@@ -382,7 +383,7 @@ def test_two_writers_of_one_cache(chain: Chain, tmp_path: Path):
     scene = load_scene(chain.scene)
     network = scene_world(scene).network
     context = multiprocessing.get_context('spawn')
-    writers = [context.Process(target=write_cache, args=(chain.scene, tmp_path)) for _ in range(2)]
+    writers = [context.Process(target=cache_job.write_cache, args=(chain.scene, tmp_path)) for _ in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -461,12 +462,6 @@ def test_a_damaged_recording_in_the_store_is_left_out_of_training(chain: Chain, 
     assert len(data) == sum(COUNTS.values()) - 1 and 'train-00007' not in data.ids
 
 
-def write_cache(scene_file: Path, folder: Path) -> None:
-    "Compute a cache of twelve sessions."
-    scene = load_scene(scene_file)
-    cached_features(folder, 'key', scene_world(scene).network, lambda rows: simulate_sessions(scene, 'train', numbers=rows), 12)
-
-
 def test_the_report_shows_the_worst_cases(chain: Chain):
     page, errors = (chain.run / 'report' / 'report.html').read_text(), [row['error_m'] for row in evaluated_rows(chain)]
     assert page.count('<figure id="figure-worst-') == 12 and 'http://' not in page.replace('http://www.w3.org/2000/svg', '')
@@ -497,15 +492,6 @@ def test_a_learner_of_recordings_shows_maps_and_places(chain: Chain):
     np.testing.assert_allclose(lines['truth'] * 1000, validation.enu(model.frame)[shown, :2], atol=0.1)
     assert np.linalg.norm(lines['estimate'] - lines['truth'], axis=1).max() < 5  # kilometres
     plt.close('all')
-
-
-def test_a_finished_training_has_nothing_left_to_do(chain: Chain):
-    "The last test here: a training makes the bundle of the run invalid."
-    before = (chain.run / 'checkpoints' / 'best.safetensors').read_bytes()
-    succeed('train', '--resume', '--out', chain.run)
-    assert (chain.run / 'checkpoints' / 'best.safetensors').read_bytes() == before
-    refused = CliRunner().invoke(app, ['train', '--resume', '--out', str(chain.run), '--epochs', '5'])
-    assert refused.exit_code == 2 and 'belong to another training' in refused.stderr
 
 
 def write_rows(manifest: Path, rows: list[dict]) -> None:

@@ -7,8 +7,9 @@ from notebooks import CellError, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 # the longest: by nbdev-test only; other tests here call what they export
-ONCE = {'25_simulation', '36_iq_features', '45_anchor', '46_tdoa', '64_baselines', '65_tdoa_baselines', '70_training', '80_export', '81_verification',
-        '83_bundle', '82_quantisation', '79_report_page', '90_pipeline'}
+ONCE = {'24_scene', '25_simulation', '26_recordings', '36_iq_features', '45_anchor', '46_tdoa', '47_expected_levels', '64_baselines', '65_tdoa_baselines',
+        '70_training', '72_fusion', '78_report_figures', '79_report_page', '80_export', '81_verification', '82_quantisation', '83_bundle', '90_pipeline',
+        '96_explain'}
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').glob('[0-9]*.ipynb') if path.stem not in ONCE)
 
 
