@@ -187,17 +187,18 @@ class Location:
         if axis is None:
             import matplotlib.pyplot as plt
 
-            axis = plt.subplots(figsize=(5, 4))[1]
-        for difference, line in self.hyperbolae():
-            axis.plot(*line.T, linewidth=0.6, color='tab:grey', label=plain(f'{difference.receiver.name} against {difference.reference.name}'))
+            axis = plt.subplots(figsize=(5, 4.5), layout='constrained')[1]
+        for number, (_, line) in enumerate(self.hyperbolae()):
+            axis.plot(*line.T, linewidth=0.6, color='tab:grey', label='' if number else 'measured range differences')
         for level, style in zip(ELLIPSES, ('--', '-'), strict=True):
             axis.plot(*self.ellipse(level).T, style, color='tab:blue', label=f'{level:.0%} ellipse')
         axis.plot(self.longitude, self.latitude, 'x', color='tab:blue', label='estimate')
-        outline = self.ellipse(0.9)
-        edges = np.stack([outline.min(axis=0), outline.max(axis=0)])
-        (west, south), (east, north) = edges + 0.5 * np.diff(edges, axis=0) * [[-1], [1]]
-        axis.set(xlim=(west, east), ylim=(south, north), aspect=1 / np.cos(np.radians(self.latitude)))
+        narrow = np.cos(np.radians(self.latitude))  # of a degree of longitude
+        reach = 0.8 * (np.ptp(self.ellipse(0.9), axis=0) * [narrow, 1]).max()
+        axis.set(xlim=self.longitude + np.array([-1, 1]) * reach / narrow, ylim=self.latitude + np.array([-1, 1]) * reach, aspect=1 / narrow)
         axis.set(xlabel='longitude, degrees', ylabel='latitude, degrees', title=plain(f'Session {self.session_id}'))
+        axis.ticklabel_format(useOffset=False)
+        axis.locator_params(nbins=4)
         axis.legend(fontsize=7)
         return axis
 
