@@ -166,6 +166,7 @@ def summarise(options: argparse.Namespace, seeds: list[int], runs: list[dict]) -
         'range_over_seeds': ranges,
         'coverage_intervals': {name: {level: observed._asdict() for level, observed in levels.items()} for name, levels in pooled.items()},
         'minutes': {step: float(np.mean([metrics['minutes'][step] for metrics in runs])) for step in runs[0]['minutes']},
+        'minutes_by_seed': [metrics['minutes'] for metrics in runs],
         'training': [{name: metrics['training'][name] for name in ('epoch', 'variance_scale', 'anchor', 'seconds')} for metrics in runs],
         'per_seed': evaluations,
     }

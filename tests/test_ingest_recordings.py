@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -338,6 +339,30 @@ def test_a_header_that_asks_for_32_gib_allocates_nothing(tmp_path: Path, version
     try:
         fails(lambda: read_iq(path), 'x.npy')
         assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize('lies', [False, True], ids=['deflated', 'lies about its size'])
+def test_an_archive_that_would_unpack_to_a_quarter_of_a_gigabyte_is_not_unpacked(tmp_path: Path, lies: bool):
+    store = open_store(tmp_path)
+    path = tmp_path / 'sessions' / 's.npz'
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive, archive.open('roof.npy', 'w', force_zip64=True) as member:
+        member.write(header('<c8', (2**25,)))
+        for _ in range(256):
+            member.write(bytes(2**20))
+    content = path.read_bytes()
+    assert len(content) < 2**21
+    if lies:  # the directory says that nothing is compressed
+        method = content.rindex(b'PK\x01\x02') + 10
+        path.write_bytes(content[:method] + b'\0\0' + content[method + 2:])
+    tracemalloc.start()
+    try:
+        found, = store.read_recordings([f'{path.as_uri()}#roof'])
+        assert isinstance(found, HeimdallError) and 's.npz' in str(found) and '\n' not in str(found)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
 
