@@ -979,6 +979,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'heimdall_train.localizer.open_model': ( 'localizer.html#open_model',
                                                                                    'heimdall_train/localizer.py')},
             'heimdall_train.locations': { 'heimdall_train.locations.Location': ('locations.html#location', 'heimdall_train/locations.py'),
+                                          'heimdall_train.locations.Location.__repr__': ( 'locations.html#location.__repr__',
+                                                                                          'heimdall_train/locations.py'),
                                           'heimdall_train.locations.Location._repr_html_': ( 'locations.html#location._repr_html_',
                                                                                              'heimdall_train/locations.py'),
                                           'heimdall_train.locations.Location.axes': ( 'locations.html#location.axes',

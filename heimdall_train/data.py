@@ -27,8 +27,8 @@ import numpy as np
 from .catalog import Catalog
 from .config import Config, make_config
 from heimdall_train.dataset import (
-    SHARD,
     MINIMUM_TIMED,
+    SHARD,
     TimedData,
     absent_shards,
     cached_features,

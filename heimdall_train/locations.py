@@ -78,7 +78,7 @@ class ModelIdentity:
     sha256: str  # of model.onnx, of a run folder model.safetensors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Location:
     "Where a transmission came from, how sure that is, and from what it follows."
 
@@ -172,11 +172,14 @@ class Location:
             'model_sha256': self.model.sha256,
         }
 
+    def __repr__(self) -> str:
+        return f'<Location {self.session_id}: {self.latitude:.5f}°, {self.longitude:.5f}°, σ {self.sigma[0]:.0f} m east, {self.sigma[1]:.0f} m north>'
+
     def _repr_html_(self) -> str:
         longer, shorter, azimuth = self.axes(0.9)
         values = {'latitude, longitude': f'{self.latitude:.5f}°, {self.longitude:.5f}°', 'σ east, north': f'{self.sigma[0]:.0f} m, {self.sigma[1]:.0f} m',
                   '90 % ellipse, semi-axes': f'{longer:.0f} m by {shorter:.0f} m, the longer one towards {azimuth:.0f}° from north',
-                  'heard by': ', '.join(self.receivers), 'note': self.note or 'none', 'model': ' '.join(filter(None, [self.model.name, self.model.version]))}
+                  'heard by': ', '.join(self.receivers), 'note': self.note or 'none', 'model': ' '.join(filter(None, [self.model.name.rstrip('/').rpartition('/')[2], self.model.version]))}
         return html_table(f'Session {self.session_id}: {self.started_at:%Y-%m-%d %H:%M:%S} UTC', ['what', 'value'], list(values.items()))
 
     def plot(
