@@ -177,9 +177,10 @@ class Location:
 
     def _repr_html_(self) -> str:
         longer, shorter, azimuth = self.axes(0.9)
+        model = [self.model.name.rstrip('/').rpartition('/')[2], self.model.version or '']
         values = {'latitude, longitude': f'{self.latitude:.5f}°, {self.longitude:.5f}°', 'σ east, north': f'{self.sigma[0]:.0f} m, {self.sigma[1]:.0f} m',
                   '90 % ellipse, semi-axes': f'{longer:.0f} m by {shorter:.0f} m, the longer one towards {azimuth:.0f}° from north',
-                  'heard by': ', '.join(self.receivers), 'note': self.note or 'none', 'model': ' '.join(filter(None, [self.model.name.rstrip('/').rpartition('/')[2], self.model.version]))}
+                  'heard by': ', '.join(self.receivers), 'note': self.note or 'none', 'model': ' '.join(model).strip()}
         return html_table(f'Session {self.session_id}: {self.started_at:%Y-%m-%d %H:%M:%S} UTC', ['what', 'value'], list(values.items()))
 
     def plot(
