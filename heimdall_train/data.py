@@ -373,11 +373,14 @@ def _of_scene(config: Config) -> _Recorded:
     key = features_digest(network, [scene, sorted(scene.sources.items()), config.seed])
     starts = dict(zip(PARTS, np.cumsum([0, *counts.values()]), strict=False))
 
+    def simulated(piece: tuple[str, np.ndarray]) -> list[Session]:
+        return list(simulate_sessions(scene, piece[0], config.seed, piece[1]))
+
     def sessions(rows: list[int], lines: list[str]) -> Iterator[Session]:
         for part in PARTS:
             numbers = [row - starts[part] for row in rows if 0 <= row - starts[part] < counts[part]]
-            pieces = np.array_split(numbers, max(1, math.ceil(len(numbers) / SHARD)))
-            for made in ahead(lambda piece, part=part: list(simulate_sessions(scene, part, config.seed, piece)), pieces, 1):  # while features are computed
+            pieces = [(part, piece) for piece in np.array_split(numbers, max(1, math.ceil(len(numbers) / SHARD)))]
+            for made in ahead(simulated, pieces, 1):  # while features are computed
                 yield from made
 
     return _Recorded(network, key, sum(counts.values()), 0, sessions, None)
