@@ -245,18 +245,20 @@ def session_figure(
     count = len(names)
     levels, coherence = maps[:count].astype(float), np.hypot(maps[count : 2 * count].astype(float), maps[2 * count :].astype(float))
     levels[~heard], coherence[~heard] = np.nan, np.nan
-    figure = ReportFigure(figsize=(max(1.5 * count, 4), 4.2), dpi=80, layout='constrained')
+    width = max(1.5 * count, 4)  # inches
+    figure = ReportFigure(figsize=(width, 4.2), dpi=80)  # margins by hand: constrained layout would take as long as drawing
+    margins = {'left': 0.6 / width, 'right': 1 - 0.5 / width, 'bottom': 0.17, 'top': 0.92, 'hspace': 0.1}
     figure.suptitle(title, fontsize=9)
+    figure.supylabel('frequency (mel band, carrier: 0)', fontsize=7, x=0.06 / width)
     span = tuple(np.quantile(levels[heard], (0.02, 0.99))) if heard.any() else (0, 1)
     frames, step = maps.shape[2], maps.shape[2] + 2  # a receiver beside the other, two empty columns between them
     shown = (levels, 'level (dB)', 'cividis', span), (coherence, 'coherence (0 to 1)', 'viridis', (0, 1))
-    for axis, (values, label, colours, (low, high)) in zip(figure.subplots(2, 1, sharex=True), shown, strict=True):
+    for axis, (values, label, colours, (low, high)) in zip(figure.subplots(2, 1, sharex=True, gridspec_kw=margins), shown, strict=True):
         row = np.pad(values, ((0, 0), (0, 0), (0, 2)), constant_values=np.nan).transpose(1, 0, 2).reshape(maps.shape[1], -1)
         image = axis.imshow(row, origin='lower', aspect='auto', cmap=colours, vmin=low, vmax=high, extent=(0, count * step, -64, 64))
-        axis.set_ylabel('frequency (mel band, carrier: 0)', fontsize=7)
         axis.tick_params(labelsize=7, length=0)
         axis.set_xticks(np.arange(count) * step + frames / 2, [name if known else f'{name}\n(not heard)' for name, known in zip(names, heard, strict=True)])
-        figure.colorbar(image, ax=axis, label=label)
+        figure.colorbar(image, ax=axis, label=label, fraction=0.3 / width, pad=0.1 / width)
     axis.set_xlabel(f'receivers, each with its recording from left to right (1/{frames} of it a column)', fontsize=7)
     return figure
 

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from .calibration import conformal_interval
@@ -213,19 +216,21 @@ def _map(judged: Judged) -> str:
 
 # %% ../nbs/79_report_page.ipynb #41ca2f87
 def _png(figure: Figure, dpi: int = 110) -> bytes:
-    "A figure as PNG."
+    "A figure as PNG; its parts then keep their places, for to lay them out takes as long as to draw them."
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine('none')
+    figure.set_dpi(dpi)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=dpi, pil_kwargs={'optimize': True})
+    FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
 def _svg(figure: Figure) -> bytes:
     "A figure as SVG, the same for the same figure."
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context({'svg.hashsalt': 'heimdall-train'}):
-        figure.savefig(buffer, format='svg', metadata={'Date': None})
+    with rc_context({'svg.hashsalt': 'heimdall-train'}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
     return buffer.getvalue()
 
 
