@@ -144,7 +144,7 @@ class Linearisation(NamedTuple):
     direction: torch.Tensor  # cosines of the way from receiver to source: east, north, up, shape (B, R, 3)
     unlikeliness: torch.Tensor  # −2 log of the mixture likelihood, up to a constant, shape (B,)
 
-# %% ../nbs/46_tdoa.ipynb #8de429b5
+
 def bilinear_weights() -> np.ndarray:  # of the south-western, south-eastern, north-western, north-eastern corner; shape (4 terms, 4 corners, 3)
     "What 1, east, north and east · north, within a cell, contribute to each corner's weight in the value and in its slopes to the east and to the north."
     constant, east, north, product = np.array([[1, 0, 0, 0], [-1, 1, 0, 0], [-1, 0, 1, 0], [1, -1, -1, 1]], dtype=np.float64)
@@ -218,7 +218,7 @@ class SurveyedArea(nn.Module):
         found = values @ (terms @ self.bilinear).unflatten(-1, (4, 3))  # (…, 2R, 3)
         return found[..., :receivers, 0], found[..., :receivers, 1:] / self.pitch, found[..., receivers:, 0]
 
-# %% ../nbs/46_tdoa.ipynb #ee81fe96
+
 class TdoaAnchor(SurveyedArea):
     "Robust fix by times of arrival; receivers, noise, maps and start grid are buffers."
 
