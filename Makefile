@@ -28,7 +28,8 @@ docs: environment ## build the site into _docs/ and check it
 lint: environment ## check the style of the package, the notebooks, the tests and the tools
 	ruff check $(CHECKED)
 
-types: environment ## check the package's types
+types: export MYPY_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/heimdall-train/mypy
+types: environment ## check the package's types (the libraries' are kept from one clone to the next)
 	mypy
 
 export: environment ## notebooks to package, site navigation and README.md; then clean the notebooks

@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class ByFile(LoadScopeScheduling):
-    "A file's tests share a process, and so its fixtures; the notebooks are shared out one by one."
+    "A file's tests share a process, and so its fixtures; notebooks and tutorials are shared out one by one."
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if 'test_notebooks.py::' in nodeid else super()._split_scope(nodeid)
+        alone = nodeid.split('::')[0].endswith(('test_notebooks.py', 'test_tutorials.py'))
+        return nodeid if alone else super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
