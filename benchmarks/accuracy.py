@@ -162,7 +162,7 @@ def summarise(options: argparse.Namespace, seeds: list[int], runs: list[dict]) -
         'anchor': means.pop('anchor'),
         'baselines': means,
         'bound_rmse_m': None if None in bounds else float(np.mean(bounds)),
-        'bounds_rmse_m': bounds_of(options, seeds[0]),
+        **bounds_of(options, seeds[0]),
         'range_over_seeds': ranges,
         'coverage_intervals': {name: {level: observed._asdict() for level, observed in levels.items()} for name, levels in pooled.items()},
         'minutes': {step: float(np.mean([metrics['minutes'][step] for metrics in runs])) for step in runs[0]['minutes']},
@@ -172,17 +172,24 @@ def summarise(options: argparse.Namespace, seeds: list[int], runs: list[dict]) -
     }
 
 
-def bounds_of(options: argparse.Namespace, seed: int) -> dict | None:
-    """RMSE of the bounds of the test sessions: excess paths known, mapped from the training sources, not known at all."""
+def bounds_of(options: argparse.Namespace, seed: int) -> dict[str, dict | None]:
+    """Bounds of the test sessions, excess paths known, mapped from the training sources, not known at all: RMSE, and NLL of honest Gaussians of that width."""
     from heimdall_train.bounds import rms_bound, scene_bounds
     from heimdall_train.scene import load_scene
     from heimdall_train.simulation import session_truth
 
     scene = load_scene(options.scene, options.scene_seed, options.test_seed)
     if scene.radio is None or scene.clock is None or not scene.clock.disciplined:
-        return None
-    bounds = scene_bounds(scene, session_truth(scene, 'test', seed), seed)
-    return {what: rms_bound(covariances) for what, covariances in bounds._asdict().items()}
+        return {'bounds_rmse_m': None, 'bounds_nll': None}
+    bounds = scene_bounds(scene, session_truth(scene, 'test', seed), seed)._asdict()
+    return {'bounds_rmse_m': {what: rms_bound(covariances) for what, covariances in bounds.items()},
+            'bounds_nll': {what: honest_nll(covariances) for what, covariances in bounds.items()}}
+
+
+def honest_nll(covariances: np.ndarray) -> float:
+    """Mean negative log-likelihood, in nats, of errors that are as Gaussian and as wide as stated; sessions that nothing determines are left out."""
+    determined = covariances[np.isfinite(covariances).all(axis=(1, 2))]
+    return float(np.mean(1 + np.log(2 * np.pi) + np.linalg.slogdet(determined)[1] / 2))
 
 
 def markdown(summary: dict) -> str:
@@ -206,9 +213,10 @@ def markdown(summary: dict) -> str:
         distances = f'{figures["median_m"]:.1f} | {figures["mean_m"]:.1f} (±{half:.1f}) | {figures["rmse_m"]:.1f} | {figures["p95_m"]:.0f}'
         lines.append(f'| {name} | {distances} | {" | ".join(shares)} |')
     if bounds := summary['bounds_rmse_m']:
-        values = ', '.join(f'{what} {value:.1f} m' for what, value in bounds.items())
+        values = ', '.join(f'{what} {value:.1f} m ({summary["bounds_nll"][what]:.2f} nat)' for what, value in bounds.items())
         share = (bounds['known'] / summary['model']['rmse_m']) ** 2
-        lines += ['', f'Bounds by noise and clock alone (RMSE), excess paths {values}; efficiency of the model against the first {share:.2f}.']
+        lines += ['', 'Bounds by noise and clock alone (RMSE; NLL of an honest Gaussian), excess paths '
+                  f'{values}; efficiency of the model against the first {share:.2f}.']
     return '\n'.join([*lines, ''])
 
 
