@@ -1607,7 +1607,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'heimdall_train/tdoa.py'),
                                      'heimdall_train.tdoa.TdoaAnchor.linearise': ( 'tdoa.html#tdoaanchor.linearise',
                                                                                    'heimdall_train/tdoa.py'),
-                                     'heimdall_train.tdoa.TdoaAnchor.misfit': ('tdoa.html#tdoaanchor.misfit', 'heimdall_train/tdoa.py'),
                                      'heimdall_train.tdoa.TdoaAnchor.start': ('tdoa.html#tdoaanchor.start', 'heimdall_train/tdoa.py'),
                                      'heimdall_train.tdoa.TdoaAnchor.step_from': ( 'tdoa.html#tdoaanchor.step_from',
                                                                                    'heimdall_train/tdoa.py'),

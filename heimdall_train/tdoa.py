@@ -144,7 +144,7 @@ class Linearisation(NamedTuple):
     direction: torch.Tensor  # cosines of the way from receiver to source: east, north, up, shape (B, R, 3)
     unlikeliness: torch.Tensor  # −2 log of the mixture likelihood, up to a constant, shape (B,)
 
-
+# %% ../nbs/46_tdoa.ipynb #8de429b5
 def bilinear_weights() -> np.ndarray:  # of the south-western, south-eastern, north-western, north-eastern corner; shape (4 terms, 4 corners, 3)
     "What 1, east, north and east · north, within a cell, contribute to each corner's weight in the value and in its slopes to the east and to the north."
     constant, east, north, product = np.array([[1, 0, 0, 0], [-1, 1, 0, 0], [-1, 0, 1, 0], [1, -1, -1, 1]], dtype=np.float64)
@@ -218,7 +218,7 @@ class SurveyedArea(nn.Module):
         found = values @ (terms @ self.bilinear).unflatten(-1, (4, 3))  # (…, 2R, 3)
         return found[..., :receivers, 0], found[..., :receivers, 1:] / self.pitch, found[..., receivers:, 0]
 
-
+# %% ../nbs/46_tdoa.ipynb #ee81fe96
 class TdoaAnchor(SurveyedArea):
     "Robust fix by times of arrival; receivers, noise, maps and start grid are buffers."
 
@@ -323,45 +323,22 @@ class TdoaAnchor(SurveyedArea):
         emission: torch.Tensor,  # metres, shape (S, B)
         steps: torch.Tensor,  # of each iteration: what widens the variance, in m²; 1 for robust weights of all, 0 for full weights of the kept; shape (I, 2)
         kept: torch.Tensor,  # 0 for a receiver that is left out at first, shape (B, R) or (S, B, R)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # the likeliest position and emission
-        """Gauss–Newton, in which a step that only makes things worse is shortened to a quarter; in an exported graph one `Scan`, eight times smaller.
-
-        Otherwise the steps leap about without end where the hyperbolae are all but parallel. Whether a step is worse is judged with the variances of the place
-        it was taken from, for so are the weights.
-        """
-        changes = torch.cat([torch.ones_like(steps[:1, :1]), (steps[1:] != steps[:-1]).any(dim=1, keepdim=True).to(steps.dtype)])  # of what is minimised
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # the last position and emission
+        "Gauss–Newton; in an exported graph one `Scan`, which is eight times smaller than all iterations one after the other."
 
         def advance(state: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            tried, best, least, widths = state[..., :3], state[..., 3:6], state[..., 6], state[..., 7:]
-            robust, counted = step[1], timed * (step[1] + (1 - step[1]) * kept)
-            lines = self.linearise(arrival, variance + step[0], counted, tried[..., :2], tried[..., 2], robust)
-            better = ((self.misfit(lines.residual, widths, counted, robust) <= least) | (step[2] > 0))[..., None]
-            place, time = self.step_from(lines, tried[..., :2], tried[..., 2])
-            onward = torch.where(better, torch.cat([place, time[..., None]], dim=-1), best + (tried - best) / 4)
-            own = torch.cat([tried, self.misfit(lines.residual, lines.variance, counted, robust)[..., None], lines.variance], dim=-1)
-            return torch.cat([onward, torch.where(better, own, state[..., 3:])], dim=-1), step.clone()
+            place, time, robust = state[..., :2], state[..., 2], step[1]
+            lines = self.linearise(arrival, variance + step[0], timed * (robust + (1 - robust) * kept), place, time, robust)
+            place, time = self.step_from(lines, place, time)
+            return torch.cat([place, time[..., None]], dim=-1), step.clone()
 
-        state, steps = torch.cat([position, emission[..., None]], dim=-1), torch.cat([steps, changes], dim=1)
-        state = torch.cat([state, state, torch.zeros_like(state[..., :1]), torch.ones_like(state[..., :1]) + torch.zeros_like(variance)], dim=-1)
+        state = torch.cat([position, emission[..., None]], dim=-1)
         if torch.compiler.is_exporting():
             state, _ = scan(advance, state, steps)
         else:
             for step in steps:
                 state, _ = advance(state, step)
-        return state[..., 3:5], state[..., 5]
-
-    def misfit(
-        self,
-        residual: torch.Tensor,  # metres, shape (…, B, R)
-        variance: torch.Tensor,  # m², shape (…, B, R)
-        timed: torch.Tensor,  # shape (…, B, R)
-        robust: torch.Tensor,  # 1: as the mixture has it; 0: the sum of squares
-    ) -> torch.Tensor:  # shape (…, B)
-        "What Gauss–Newton makes smaller: twice the negative logarithm of the likelihood, without what depends on the variances alone."
-        square = residual * residual / variance
-        cost = (self.constants[5] + 1) * (1 + square / self.constants[5]).log()
-        mixture = cost + 2 * torch.sigmoid((EXCLUDED_COST - cost) / 2).log()
-        return (timed * (robust * mixture + (1 - robust) * square)).sum(dim=-1)
+        return state[..., :2], state[..., 2]
 
     def likeliest(
         self,
