@@ -42,7 +42,7 @@ def hyperbola(
     height: float,  # metres above the ellipsoid, of the transmitter
     reach: float,  # metres from the middle of the receivers, 200 km at most
 ) -> np.ndarray:  # longitude and latitude in degrees, in order along the line, shape (N, 2); N = 0 where there is no such place
-    "Where a transmitter of a given height has this range difference."
+    "Where a transmitter of a given height has this range difference; parts may be missing where a receiver stands steeply (one in three) above the other."
     pair = np.stack([frame.to_enu(each.latitude, each.longitude, each.altitude) for each in (difference.receiver, difference.reference)])
     between = pair[0, :2] - pair[1, :2]
     focus, vertex = np.hypot(*between) / 2, difference.metres / 2
