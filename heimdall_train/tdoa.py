@@ -144,7 +144,7 @@ class Linearisation(NamedTuple):
     direction: torch.Tensor  # cosines of the way from receiver to source: east, north, up, shape (B, R, 3)
     unlikeliness: torch.Tensor  # −2 log of the mixture likelihood, up to a constant, shape (B,)
 
-# %% ../nbs/46_tdoa.ipynb #8de429b5
+
 def bilinear_weights() -> np.ndarray:  # of the south-western, south-eastern, north-western, north-eastern corner; shape (4 terms, 4 corners, 3)
     "What 1, east, north and east · north, within a cell, contribute to each corner's weight in the value and in its slopes to the east and to the north."
     constant, east, north, product = np.array([[1, 0, 0, 0], [-1, 1, 0, 0], [-1, 0, 1, 0], [1, -1, -1, 1]], dtype=np.float64)
@@ -218,7 +218,7 @@ class SurveyedArea(nn.Module):
         found = values @ (terms @ self.bilinear).unflatten(-1, (4, 3))  # (…, 2R, 3)
         return found[..., :receivers, 0], found[..., :receivers, 1:] / self.pitch, found[..., receivers:, 0]
 
-# %% ../nbs/46_tdoa.ipynb #ee81fe96
+
 class TdoaAnchor(SurveyedArea):
     "Robust fix by times of arrival; receivers, noise, maps and start grid are buffers."
 
@@ -358,10 +358,11 @@ class TdoaAnchor(SurveyedArea):
         position: torch.Tensor,  # metres, shape (…, 2)
         emission: torch.Tensor,  # metres, shape (…)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # the next position and emission
-        "One Gauss–Newton step, of five cells of the start grid at most, which stays inside the grid."
+        "One Gauss–Newton step, damped (Levenberg 1944) by half a cell of the start grid, of five cells at most, which stays inside the grid."
         rows = torch.cat([lines.jacobian, lines.residual[..., None]], dim=-1)
         products = lines.jacobian.transpose(-1, -2) @ (lines.weight[..., None] * rows)
-        step = (self.inverse(products[..., :2]) @ products[..., 2:])[..., 0]
+        damped = products[..., :2] + self.identity / (0.5 * self.step) ** 2
+        step = (self.inverse(damped) @ products[..., 2:])[..., 0]
         step = step * (5 * self.step / ((step * step).sum(dim=-1, keepdim=True).sqrt() + 1e-9)).clamp(max=1)
         moved = torch.maximum(torch.minimum(position + step, self.grid[-1]), self.grid[0])
         return moved, emission + lines.mean_residual - (lines.mean_jacobian * (moved - position)).sum(dim=-1)
