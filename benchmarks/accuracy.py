@@ -10,7 +10,8 @@ same training sources; its negative log-likelihood is at least 0.3 nat better, a
 One training a seed: simulation (the training draw varies with the seed, the test sources do not), features, maps, network, calibration; then the test
 sessions, once. A seed that is finished is read, not repeated, if its settings are the same; so is each point of a study. `--study` works on the run of
 the first seed and reads its test sessions again: a study describes, it must not choose. The studies: `missing` receivers, `snr`, `size` of the training set,
-`zone` (sources outside it), `repeats` (three recordings of each test source, fused), `faults` (a clock put wrong, and the scene's own bursts), `ablation`.
+`zone` (sources outside it), `road` (a survey's two test sets, and kilometres driven along), `cells` (a map of the median error), `repeats` (three recordings
+of each test source, fused), `faults` (a clock put wrong, and the scene's own bursts), `ablation`.
 DIR/SCENE.json has the means over the seeds as `evaluate --json` prints them, beside `per_seed`; DIR/SCENE.md is the table.
 """
 
@@ -237,35 +238,38 @@ def figures(truth: np.ndarray, position: np.ndarray, covariance: np.ndarray | No
     return {'n': len(truth), **evaluate_positions(truth, position, covariance)}
 
 
-def trained(options: argparse.Namespace, folder: Path):
+def trained(options: argparse.Namespace, folder: Path, **other):
     """Configuration, model, data and split of the run of the first seed, trained if it has not been."""
     from heimdall_train.data import read_data
     from heimdall_train.dataset import Split
     from heimdall_train.model_files import load_model
 
-    run(options, options.first_seed, folder)
-    config = config_of(options, options.first_seed, folder)
+    run(options, options.first_seed, folder, **other)
+    config = config_of(options, options.first_seed, folder, **other)
     data = read_data(config)
     if not isinstance(data, TimedData):
         sys.exit(f'{options.scene} has no common clock: the studies are of time differences')
     return config, load_model(folder / 'model.safetensors'), data, Split.load(folder / 'split.json')
 
 
-def all_methods(model, data: TimedData, split, test: TimedData) -> dict:
-    """Model, anchor and the two TDOA baselines on test sessions."""
+def all_estimates(model, data: TimedData, split, test: TimedData) -> dict[str, tuple]:
+    """Positions and covariances of test sessions by model, anchor and the two TDOA baselines."""
     from heimdall_train.tdoa_baselines import run_tdoa_baselines
     from heimdall_train.training import estimate
 
-    truth, receivers = test.enu(model.frame), data.network.positions_enu(model.frame)
+    receivers = data.network.positions_enu(model.frame)
     position, covariance, anchor, anchor_covariance = estimate(model, test)
     known = [data.take(data.rows(ids)) for ids in (split.train, split.validation)]
     parts = [(each.delay, each.snr, each.timed, each.enu(model.frame)) for each in (*known, test)]
     results = run_tdoa_baselines(*parts, receivers, data.network.source_height)
-    return {
-        'model': figures(truth, position, covariance),
-        'anchor': figures(truth, anchor, anchor_covariance),
-        **{name: figures(truth, result.positions, result.covariance) for name, result in results.items()},
-    }
+    baselines = {name: (result.positions, result.covariance) for name, result in results.items()}
+    return {'model': (position, covariance), 'anchor': (anchor, anchor_covariance), **baselines}
+
+
+def all_methods(model, data: TimedData, split, test: TimedData) -> dict:
+    """The figures of these estimates."""
+    truth = test.enu(model.frame)
+    return {name: figures(truth, *estimates) for name, estimates in all_estimates(model, data, split, test).items()}
 
 
 def without(data: TimedData, gone: np.ndarray) -> TimedData:
@@ -313,6 +317,55 @@ def study_size(options: argparse.Namespace, folder: Path) -> dict:
         metrics = run(options, options.first_seed, options.out / f'{name}-{options.first_seed}', **fewer)
         points[str(count)] = methods_of(metrics['evaluation'])
     return points
+
+
+def study_road(options: argparse.Namespace, folder: Path) -> dict:
+    """A survey's test sets, all over the zone and along road that was never driven: as the scene is, then with ever less road driven along, as densely."""
+    scene = yaml.safe_load(yaml_of(options.scene).read_text())
+    survey, points = scene['survey'], {}
+    whole = survey['road_m'] // survey['section_m'] - survey['validation_sections'] - survey['test_sections']
+    for share in (1, 2, 4, 8):
+        driven, other, where = whole // share, {}, folder
+        kilometres = driven * survey['section_m'] / 1000
+        if share > 1:
+            name = f'{name_of(options)}-road-{kilometres:.0f}'
+            path = options.out / 'scenes' / f'{name}.yaml'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sections = {'test_sections': survey['test_sections'] + whole - driven}
+            sources = {'train': round(scene['sources']['train'] * driven / whole)}
+            path.write_text(yaml.safe_dump({**scene, 'sources': {**scene['sources'], **sources}, 'survey': {**survey, **sections}}))
+            other, where = {'scene': str(path)}, options.out / f'{name}-{options.first_seed}'
+        for label, methods in survey_sets(where, *trained(options, where, **other)[1:]).items():
+            points[f'{kilometres:.0f} km, {label}'] = methods
+    return points
+
+
+def survey_sets(folder: Path, model, data: TimedData, split) -> dict:
+    """A survey's two test sets, each by itself."""
+    test = data.take(data.rows(split.test))
+    on_road = np.char.startswith(np.asarray(test.sources, dtype=str), 'test-road')
+    rows = {'zone': np.flatnonzero(~on_road), 'road': np.flatnonzero(on_road)}
+    return {label: point(folder, f'road-{label}', lambda label=label: all_methods(model, data, split, test.take(rows[label]))) for label in rows}
+
+
+def study_cells(options: argparse.Namespace, folder: Path) -> dict:
+    """Median errors in cells of 15 km with 20 test sources at least, named by their south-western corners: kilometres east and north of the zone's centre."""
+    _, model, data, split = trained(options, folder)
+    test = data.take(data.rows(split.test))
+    truth = test.enu(model.frame)
+
+    def all_cells() -> dict:
+        errors = {name: np.linalg.norm(position - truth, axis=1) for name, (position, _) in all_estimates(model, data, split, test).items()}
+        cells, cell_of, counts = np.unique(np.floor(truth / 15_000).astype(int), axis=0, return_inverse=True, return_counts=True)
+        return {
+            f'{15 * cells[cell][0]:+d} {15 * cells[cell][1]:+d}': {name: float(np.median(error[cell_of == cell])) for name, error in errors.items()}
+            for cell in np.flatnonzero(counts >= 20)
+        }
+
+    medians = point(folder, 'cells', all_cells)
+    better = float(np.mean([cell['model'] < cell['tdoa'] for cell in medians.values()]))
+    print(f'{len(medians)} cells; the model has a better median than tdoa in {better:.1%}', flush=True)
+    return medians
 
 
 def yaml_of(scene: str) -> Path:
@@ -502,6 +555,8 @@ STUDIES: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
     'snr': study_snr,
     'size': study_size,
     'zone': study_zone,
+    'road': study_road,
+    'cells': study_cells,
     'repeats': study_repeats,
     'faults': study_faults,
     'ablation': study_ablation,
@@ -511,10 +566,13 @@ STUDIES: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
 def study_markdown(study: str, points: dict) -> str:
     """A row a point and method."""
     lines = [f'\n## {study}', '', '| point | method | n | median m | mean m | p95 m | NLL nat | 90 % ellipse |', '|---|---|---:|---:|---:|---:|---:|---:|']
-    if any('named' in values for methods in points.values() for values in methods.values()):
+    if study == 'faults':
         lines[2:] = [f'{line} {more} |' for line, more in zip(lines[2:], ('faulty one named / another', '---:'))]
     for label, methods in points.items():
         for name, values in methods.items():
+            if not isinstance(values, dict):
+                lines.append(f'| {label} | {name} | | {values:.0f} | | | | |')
+                continue
             belief = [f'{values["nll"]:.2f}', f'{values["coverage"]["90"]:.3f}'] if values.get('nll') is not None else ['–', '–']
             distances = [f'{values[key]:.1f}' for key in ('median_m', 'mean_m', 'p95_m')]
             shares = [f'{values["named"]:.3f} / {values["another_named"]:.3f}'] if 'named' in values else []

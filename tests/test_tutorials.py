@@ -14,6 +14,7 @@ TUTORIALS = sorted((ROOT / 'nbs' / 'tutorials').glob('*.ipynb'))
 @pytest.mark.parametrize('path', TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv('HEIMDALL_DATA', str(Path(os.environ.get('HEIMDALL_DATA') or ROOT.parent / 'shared' / 'data').resolve()))
+    monkeypatch.setenv('TMPDIR', str(tmp_path))  # a tutorial leaves its folder to its reader
     for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
         monkeypatch.setenv(name, '1')
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
