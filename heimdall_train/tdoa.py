@@ -455,10 +455,15 @@ class Neighbourhood:
         targets: np.ndarray,  # metres east and north, shape (G, 2)
         index: np.ndarray,  # the places that each target is predicted from, shape (G, K)
     ):
-        self.index = index
-        east, north = places[index].transpose(2, 0, 1)
-        self.among = np.sqrt((east[:, :, None] - east[:, None]) ** 2 + (north[:, :, None] - north[:, None]) ** 2)
+        self.index = np.sort(index, axis=1)
+        east, north = places[self.index].transpose(2, 0, 1)
         self.across = np.sqrt((east - targets[:, :1]) ** 2 + (north - targets[:, 1:]) ** 2)
+        near, self.local = np.unique(self.index, return_inverse=True)  # targets that lie together share most of their places
+        self.local = self.local.reshape(self.index.shape)
+        self.shared = len(near) ** 2 < self.index.size * self.index.shape[1]
+        if self.shared:
+            east, north = places[near].T[:, None]
+        self.among = np.sqrt((east[:, :, None] - east[:, None]) ** 2 + (north[:, :, None] - north[:, None]) ** 2)
 
     def krige(
         self,
@@ -468,6 +473,8 @@ class Neighbourhood:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # at the targets mean in metres, variance in m², weight that the mean of zero keeps, each of shape (G,)
         "Simple kriging with a Matérn-3/2 covariance."
         covariance = excess_covariance(self.among, kriging)
+        if self.shared:
+            covariance = covariance[0][self.local[:, :, None], self.local[:, None]]
         diagonal = np.arange(self.index.shape[1])
         covariance[:, diagonal, diagonal] += variance[self.index]
         across = excess_covariance(self.across, kriging)
@@ -489,14 +496,15 @@ def neighbourhoods(
     places: np.ndarray,  # metres east and north, shape (M, 2)
     targets: np.ndarray | None = None,  # metres east and north, shape (G, 2); by default the places, each predicted without itself
     rows: int = 250,  # at a time, whose covariances fit a processor's cache
-) -> Iterator[tuple[slice, Neighbourhood]]:  # rows of the targets, and their neighbourhood
+) -> Iterator[tuple[np.ndarray, Neighbourhood]]:  # numbers of targets that lie together, and their neighbourhood
     "Neighbourhoods of many targets, a piece at a time."
     own = targets is None
     targets = places if targets is None else targets
     count = min(NEIGHBOURS + own, len(places))
     index = cKDTree(places).query(targets, count)[1].reshape(len(targets), count)[:, int(own) :]
-    for first in range(0, len(targets), rows):
-        piece = slice(first, first + rows)
+    strips = np.array_split(np.argsort(targets[:, 0], kind='stable'), math.ceil(math.sqrt(len(targets) / rows)))
+    order = np.concatenate([strip[np.argsort(targets[strip, 1], kind='stable')] for strip in strips])
+    for piece in np.array_split(order, math.ceil(len(order) / rows)):
         yield piece, Neighbourhood(places, targets[piece], index[piece])
 
 # %% ../nbs/46_tdoa.ipynb #29b3df33
