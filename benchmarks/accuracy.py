@@ -335,15 +335,17 @@ def study_road(options: argparse.Namespace, folder: Path) -> dict:
             sources = {'train': round(scene['sources']['train'] * driven / whole)}
             path.write_text(yaml.safe_dump({**scene, 'sources': {**scene['sources'], **sources}, 'survey': {**survey, **sections}}))
             other, where = {'scene': str(path)}, options.out / f'{name}-{options.first_seed}'
-        for label, methods in survey_sets(where, *trained(options, where, **other)[1:]).items():
+        for label, methods in survey_sets(where, *trained(options, where, **other)).items():
             points[f'{kilometres:.0f} km, {label}'] = methods
     return points
 
 
-def survey_sets(folder: Path, model, data: TimedData, split) -> dict:
+def survey_sets(folder: Path, config, model, data: TimedData, split) -> dict:
     """A survey's two test sets, each by itself."""
+    from heimdall_train.data import config_scene
+
     test = data.take(data.rows(split.test))
-    on_road = np.char.startswith(np.asarray(test.sources, dtype=str), 'test-road')
+    on_road = np.array([int(identifier.rsplit('-', 1)[1]) for identifier in test.ids]) >= config_scene(config).sources['test']
     rows = {'zone': np.flatnonzero(~on_road), 'road': np.flatnonzero(on_road)}
     return {label: point(folder, f'road-{label}', lambda label=label: all_methods(model, data, split, test.take(rows[label]))) for label in rows}
 
