@@ -19,7 +19,7 @@ demo: environment ## simulate recordings, train, evaluate, export: minutes on tw
 
 test: export OMP_NUM_THREADS := 1
 test: environment ## run every notebook, then every test against the exported package, with coverage
-	nbdev-test
+	nbdev-test --n-workers $$(( $$(nproc) + 1 ))
 	pytest -n auto --maxprocesses 4 --durations=20 --cov=heimdall_train --cov-report=term --cov-fail-under=85
 
 docs: environment ## build the site into _docs/ and check it

@@ -7,10 +7,11 @@ from notebooks import CellError, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 # the longer ones, and one whose processes want a port: by nbdev-test only; other tests here call what they export
-ONCE = {'18_formats', '24_scene', '25_simulation', '26_recordings', '36_iq_features', '40_dataset', '45_anchor', '46_tdoa', '47_expected_levels',
-        '48_disagreement', '50_model', '52_timed_model', '54_model_files', '60_metrics', '61_bounds', '64_baselines', '65_tdoa_baselines',
-        '66_distributed', '68_checkpoints', '70_training', '72_fusion', '75_tracking', '76_registry', '78_report_figures', '79_report_page', '80_export',
-        '81_verification', '82_quantisation', '83_bundle', '90_pipeline', '92_jobs', '96_explain'}
+ONCE = {'12_object_store', '18_formats', '19_modulation', '24_scene', '25_simulation', '26_recordings', '36_iq_features', '40_dataset', '45_anchor',
+        '46_tdoa', '47_expected_levels', '48_disagreement', '50_model', '52_timed_model', '54_model_files', '60_metrics', '61_bounds', '62_scores',
+        '64_baselines', '65_tdoa_baselines', '66_distributed', '68_checkpoints', '70_training', '72_fusion', '75_tracking', '76_registry',
+        '78_report_figures', '79_report_page', '80_export', '81_verification', '82_quantisation', '83_bundle', '90_pipeline', '92_jobs',
+        '96_explain'}
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').glob('[0-9]*.ipynb') if path.stem not in ONCE)
 
 
