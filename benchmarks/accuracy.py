@@ -9,9 +9,9 @@ same training sources; its negative log-likelihood is at least 0.3 nat better, a
 
 One training a seed: simulation (the training draw varies with the seed, the test sources do not), features, maps, network, calibration; then the test
 sessions, once. A seed that is finished is read, not repeated, if its settings are the same; so is each point of a study. `--study` works on the run of
-the first seed and reads its test sessions again: a study describes, it must not choose. The studies: `missing` receivers, `snr`, `size` of the training set,
-`zone` (sources outside it), `road` (a survey's two test sets, and kilometres driven along), `cells` (a map of the median error), `repeats` (three recordings
-of each test source, fused), `faults` (a clock put wrong, and the scene's own bursts), `ablation`.
+the first seed (`road` on all) and reads its test sessions again: a study describes, it must not choose. The studies: `missing` receivers, `snr`, `size` of
+the training set, `zone` (sources outside it), `road` (a survey's two test sets, and kilometres driven along), `cells` (a map of the median error),
+`repeats` (three recordings of each test source, fused), `faults` (a clock put wrong, and the scene's own bursts), `ablation`.
 DIR/SCENE.json has the means over the seeds as `evaluate --json` prints them, beside `per_seed`; DIR/SCENE.md is the table.
 """
 
@@ -54,7 +54,8 @@ def main() -> None:
     name = name_of(options)
     if options.study:
         points = STUDIES[options.study](options, options.out / f'{name}-{seeds[0]}')
-        write(options.out / f'{name}-{options.study}.json', {**about(options, [seeds[0]]), 'study': options.study, 'points': points})
+        of_seeds = seeds if options.study == 'road' else seeds[:1]
+        write(options.out / f'{name}-{options.study}.json', {**about(options, of_seeds), 'study': options.study, 'points': points})
         print(study_markdown(options.study, points))
         return
     runs = [run(options, seed, options.out / f'{name}-{seed}') for seed in seeds]
@@ -320,12 +321,28 @@ def study_size(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def study_road(options: argparse.Namespace, folder: Path) -> dict:
-    """A survey's test sets, all over the zone and along road that was never driven: as the scene is, then with ever less road driven along, as densely."""
+    """A survey's test sets, all over the zone and along road that was never driven: as the scene is, then with ever less road driven along, as densely.
+
+    Means over the seeds.
+    """
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    return averaged([road_of_seed(argparse.Namespace(**{**vars(options), 'first_seed': seed})) for seed in seeds])
+
+
+def averaged(values: list):
+    """Means of what several seeds have under the same names."""
+    if isinstance(values[0], dict):
+        return {name: averaged([each[name] for each in values]) for name in values[0]}
+    return values[0] if values.count(values[0]) == len(values) else float(np.mean(values))
+
+
+def road_of_seed(options: argparse.Namespace) -> dict:
+    """The points of one seed."""
     scene = yaml.safe_load(yaml_of(options.scene).read_text())
     survey, points = scene['survey'], {}
     whole = survey['road_m'] // survey['section_m'] - survey['validation_sections'] - survey['test_sections']
     for share in (1, 2, 4, 8):
-        driven, other, where = whole // share, {}, folder
+        driven, other, where = whole // share, {}, options.out / f'{name_of(options)}-{options.first_seed}'
         kilometres = driven * survey['section_m'] / 1000
         if share > 1:
             name = f'{name_of(options)}-road-{kilometres:.0f}'
@@ -578,7 +595,7 @@ def study_markdown(study: str, points: dict) -> str:
             belief = [f'{values["nll"]:.2f}', f'{values["coverage"]["90"]:.3f}'] if values.get('nll') is not None else ['–', '–']
             distances = [f'{values[key]:.1f}' for key in ('median_m', 'mean_m', 'p95_m')]
             shares = [f'{values["named"]:.3f} / {values["another_named"]:.3f}'] if 'named' in values else []
-            lines.append(f'| {label} | {name} | {values.get("n", "")} | {" | ".join([*distances, *belief, *shares])} |')
+            lines.append(f'| {label} | {name} | {values.get("n", 0):.0f} | {" | ".join([*distances, *belief, *shares])} |')
     return '\n'.join(lines)
 
 
