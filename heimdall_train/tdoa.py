@@ -502,9 +502,10 @@ def neighbourhoods(
     targets = places if targets is None else targets
     count = min(NEIGHBOURS + own, len(places))
     index = cKDTree(places).query(targets, count)[1].reshape(len(targets), count)[:, int(own) :]
-    strips = np.array_split(np.argsort(targets[:, 0], kind='stable'), math.ceil(math.sqrt(len(targets) / rows)))
+    pieces = 1 + len(targets) // rows
+    strips = np.array_split(np.argsort(targets[:, 0], kind='stable'), math.ceil(math.sqrt(pieces)))
     order = np.concatenate([strip[np.argsort(targets[strip, 1], kind='stable')] for strip in strips])
-    for piece in np.array_split(order, math.ceil(len(order) / rows)):
+    for piece in np.array_split(order, pieces):
         yield piece, Neighbourhood(places, targets[piece], index[piece])
 
 # %% ../nbs/46_tdoa.ipynb #29b3df33
