@@ -455,12 +455,12 @@ class Neighbourhood:
         targets: np.ndarray,  # metres east and north, shape (G, 2)
         index: np.ndarray,  # the places that each target is predicted from, shape (G, K)
     ):
-        self.index = np.sort(index, axis=1)
-        east, north = places[self.index].transpose(2, 0, 1)
+        self.index = index
+        east, north = places[index].transpose(2, 0, 1)
         self.across = np.sqrt((east - targets[:, :1]) ** 2 + (north - targets[:, 1:]) ** 2)
-        near, self.local = np.unique(self.index, return_inverse=True)  # targets that lie together share most of their places
-        self.local = self.local.reshape(self.index.shape)
-        self.shared = len(near) ** 2 < self.index.size * self.index.shape[1]
+        near, self.local = np.unique(index, return_inverse=True)  # targets that lie together share most of their places
+        self.local = self.local.reshape(index.shape)
+        self.shared = len(near) ** 2 < index.size * index.shape[1]
         if self.shared:
             east, north = places[near].T[:, None]
         self.among = np.sqrt((east[:, :, None] - east[:, None]) ** 2 + (north[:, :, None] - north[:, None]) ** 2)
