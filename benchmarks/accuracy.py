@@ -311,10 +311,8 @@ def study_size(options: argparse.Namespace, folder: Path) -> dict:
     points, values = {}, yaml.safe_load(yaml_of(options.scene).read_text())
     for count in (250, 500, 1000, 3000, 12_000):
         name = f'{name_of(options)}-size-{count}'
-        path = options.out / 'scenes' / f'{name}.yaml'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump({**values, 'sources': {**values['sources'], 'train': count}}))
-        fewer = {'scene': str(path), 'epochs': min(40, round(options.epochs * (12_000 / count) ** 0.5))}
+        path = sibling(options, name, {**values, 'sources': {**values['sources'], 'train': count}})
+        fewer = {'scene': path, 'epochs': min(40, round(options.epochs * (12_000 / count) ** 0.5))}
         metrics = run(options, options.first_seed, options.out / f'{name}-{options.first_seed}', **fewer)
         points[str(count)] = methods_of(metrics['evaluation'])
     return points
@@ -339,6 +337,8 @@ def averaged(values: list):
 def road_of_seed(options: argparse.Namespace) -> dict:
     """The points of one seed."""
     scene = yaml.safe_load(yaml_of(options.scene).read_text())
+    if 'survey' not in scene:
+        sys.exit(f'{options.scene} has no survey: the study of the road needs one')
     survey, points = scene['survey'], {}
     whole = survey['road_m'] // survey['section_m'] - survey['validation_sections'] - survey['test_sections']
     for share in (1, 2, 4, 8):
@@ -346,12 +346,10 @@ def road_of_seed(options: argparse.Namespace) -> dict:
         kilometres = driven * survey['section_m'] / 1000
         if share > 1:
             name = f'{name_of(options)}-road-{kilometres:.0f}'
-            path = options.out / 'scenes' / f'{name}.yaml'
-            path.parent.mkdir(parents=True, exist_ok=True)
             sections = {'test_sections': survey['test_sections'] + whole - driven}
             sources = {'train': round(scene['sources']['train'] * driven / whole)}
-            path.write_text(yaml.safe_dump({**scene, 'sources': {**scene['sources'], **sources}, 'survey': {**survey, **sections}}))
-            other, where = {'scene': str(path)}, options.out / f'{name}-{options.first_seed}'
+            path = sibling(options, name, {**scene, 'sources': {**scene['sources'], **sources}, 'survey': {**survey, **sections}})
+            other, where = {'scene': path}, options.out / f'{name}-{options.first_seed}'
         for label, methods in survey_sets(where, *trained(options, where, **other)).items():
             points[f'{kilometres:.0f} km, {label}'] = methods
     return points
@@ -385,6 +383,14 @@ def study_cells(options: argparse.Namespace, folder: Path) -> dict:
     better = float(np.mean([cell['model'] < cell['tdoa'] for cell in medians.values()]))
     print(f'{len(medians)} cells; the model has a better median than tdoa in {better:.1%}', flush=True)
     return medians
+
+
+def sibling(options: argparse.Namespace, name: str, values: dict) -> str:
+    """Path of a scene with other values, written beside the runs."""
+    path = options.out / 'scenes' / f'{name}.yaml'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
 
 
 def yaml_of(scene: str) -> Path:
@@ -595,7 +601,7 @@ def study_markdown(study: str, points: dict) -> str:
             belief = [f'{values["nll"]:.2f}', f'{values["coverage"]["90"]:.3f}'] if values.get('nll') is not None else ['–', '–']
             distances = [f'{values[key]:.1f}' for key in ('median_m', 'mean_m', 'p95_m')]
             shares = [f'{values["named"]:.3f} / {values["another_named"]:.3f}'] if 'named' in values else []
-            lines.append(f'| {label} | {name} | {values.get("n", 0):.0f} | {" | ".join([*distances, *belief, *shares])} |')
+            lines.append(f'| {label} | {name} | {values.get("n", "")} | {" | ".join([*distances, *belief, *shares])} |')
     return '\n'.join(lines)
 
 
