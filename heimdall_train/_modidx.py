@@ -1699,6 +1699,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'heimdall_train/timed_model.py'),
                                             'heimdall_train.timed_model.TimedNet.correct': ( 'timed_model.html#timednet.correct',
                                                                                              'heimdall_train/timed_model.py'),
+                                            'heimdall_train.timed_model.TimedNet.factor': ( 'timed_model.html#timednet.factor',
+                                                                                            'heimdall_train/timed_model.py'),
                                             'heimdall_train.timed_model.TimedNet.forward': ( 'timed_model.html#timednet.forward',
                                                                                              'heimdall_train/timed_model.py'),
                                             'heimdall_train.timed_model.TimedNet.judge': ( 'timed_model.html#timednet.judge',

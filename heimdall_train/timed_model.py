@@ -92,7 +92,7 @@ def timed_statistics(
 
 # %% ../nbs/52_timed_model.ipynb #f65403de
 class TimedFix(NamedTuple):
-    "A fix with what each receiver said to it; float32. What belongs to a receiver is 0 where it does not count."
+    "A fix with what each receiver said to it; all float64. What belongs to a receiver is 0 where it does not count."
 
     position: torch.Tensor  # metres east and north, shape (B, 2)
     covariance: torch.Tensor  # m², shape (B, 2, 2)
@@ -112,7 +112,7 @@ def another_step(
     trust: torch.Tensor,  # logarithm of the factor of its weight, shape (B, R)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2)
     "One step of the fix, three of its standard deviations and 100 m at most; where fewer than three receivers count, the fix as it is."
-    weight = fix.weight * torch.exp(trust)
+    late, weight = late.double(), fix.weight * torch.exp(trust.double())
     total = weight.sum(dim=1, keepdim=True) + 1e-12
     jacobian = fix.jacobian - ((weight[..., None] * fix.jacobian).sum(dim=1) / total)[:, None]
     residual = fix.residual - late
@@ -249,23 +249,23 @@ class TimedNet(nn.Module):
         departure = anchor.levels(fix.position, level, snr, heard)
         of_levels = self.level_anchor(level.float(), heard.float(), working)
         enough = timed.sum(dim=1) >= MINIMUM_TIMED
-        counts = timed * enough[:, None]
-        session = torch.stack([fix.cost.clamp(min=1e-3).log(), fix.spread.clamp(min=1).log() - 4.6, counts.double().sum(dim=1) - 5, departure.power / 5], dim=1)
+        counts = timed.double() * enough[:, None]
+        session = torch.stack([fix.cost.clamp(min=1e-3).log(), fix.spread.clamp(min=1).log() - 4.6, counts.sum(dim=1) - 5, departure.power / 5], dim=1)
 
         def of_receivers(values: torch.Tensor) -> torch.Tensor:
-            return (values * counts).float()
+            return values * counts
 
         return TimedFix(
-            torch.where(enough[:, None], fix.position.float(), of_levels.position),
-            torch.where(enough[:, None, None], fix.covariance.float(), of_levels.covariance),
+            torch.where(enough[:, None], fix.position, of_levels.position.double()),
+            torch.where(enough[:, None, None], fix.covariance, of_levels.covariance.double()),
             of_receivers(fix.residual),
             of_receivers(fix.weight),
             of_receivers(fix.variance),
             of_receivers(fix.deviation),
-            fix.jacobian.float(),
+            fix.jacobian,
             of_receivers(departure.value),
             of_receivers(departure.deviation),
-            (session * enough[:, None]).float(),
+            session * enough[:, None],
         )
 
     def correct(
@@ -285,11 +285,11 @@ class TimedNet(nn.Module):
         "By how much an error of one deviation of each receiver's map of the excess path moves the answer; 0 for an answer by levels."
         late, trust, summary = self.judge(inputs, fix)
         position, covariance = another_step(fix, late, trust)
-        weight = fix.weight * torch.exp(trust)
+        weight = fix.weight * torch.exp(trust.double())
         jacobian = fix.jacobian - (weight[..., None] * fix.jacobian).sum(dim=1, keepdim=True) / (weight.sum(dim=1)[:, None, None] + 1e-12)
         moved = covariance @ (weight[..., None] * jacobian).transpose(1, 2) * fix.deviation[:, None, :]
         _, concluded = self.conclude(summary, position, covariance)
-        return cholesky_2x2(concluded) @ torch.linalg.inv(cholesky_2x2(covariance + torch.eye(2))) @ moved
+        return cholesky_2x2(concluded) @ torch.linalg.inv(self.factor(covariance)) @ moved.float()
 
     def conclude(
         self,
@@ -298,9 +298,16 @@ class TimedNet(nn.Module):
         covariance: torch.Tensor,  # m², of the step, shape (B, 2, 2)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # position in metres, (B, 2); covariance in m², (B, 2, 2); east first
         "Correct the step's position, reshape and calibrate its covariance."
-        factor = cholesky_2x2(covariance + torch.eye(2))  # one metre more, so that no fix is beyond doubt
+        position, factor = position.float(), self.factor(covariance)
         position, covariance = self.correction(torch.cat([summary, describe_fix(position, factor, self.extent)], dim=1), position, factor)
         return position, self.variance_scale * covariance
+
+    def factor(
+        self,
+        covariance: torch.Tensor,  # m², of a fix, float64, shape (B, 2, 2)
+    ) -> torch.Tensor:  # shape (B, 2, 2)
+        "Cholesky factor in single precision, of one metre more, so that no fix is beyond doubt."
+        return cholesky_2x2(covariance + torch.eye(2, dtype=covariance.dtype, device=covariance.device)).float()
 
     def judge(
         self,
@@ -309,8 +316,9 @@ class TimedNet(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # metres late (B, R), logarithm of the trust (B, R), summary (B, 2 · width)
         "What each receiver's measurements are worth in a session."
         maps, counts, heard = inputs[0].float(), (fix.weight > 0).float(), inputs[1][..., 3].float()
-        seen = self.narrowed(self.see(maps, counts, heard))
-        deviation, factor = fix.variance.clamp(min=1).sqrt(), cholesky_2x2(fix.covariance + torch.eye(2))
+        seen, factor = self.narrowed(self.see(maps, counts, heard)), self.factor(fix.covariance)
+        fix = TimedFix(*(values.float() for values in fix))
+        deviation = fix.variance.clamp(min=1).sqrt()
         about = torch.stack(
             [
                 (inputs[1][..., 1].float() - self.snr_mean) / self.snr_deviation,
@@ -353,7 +361,7 @@ class TimedNet(nn.Module):
         "How far arrival times, levels and the look of the recordings are from what is usual: what typicality is judged by."
         found, counts = disagreement(fix), (fix.weight > 0).float()
         late = (found.late / found.deviation.clamp(min=1)).float()
-        departure = fix.departure / (fix.departure_deviation**2 + 16).sqrt()
+        departure = (fix.departure / (fix.departure_deviation**2 + 16).sqrt()).float()
         trouble = ((signs(inputs[0].float(), len(self.network)) - self.sign_mean) / self.sign_deviation).square().mean(dim=2).sqrt()
         told = (found.deviation > 0).float()
         return torch.cat([agreement_figures(late, told), agreement_figures(departure, counts), agreement_figures(trouble, counts)], dim=1)
