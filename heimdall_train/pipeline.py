@@ -175,7 +175,7 @@ def _prepare_levels(config: Config, training: LevelData, validation: LevelData, 
     "Untrained model, anchors of the folds, validation sessions, settings, and how to fit the final anchor."
     import torch
 
-    from heimdall_train.anchor import choose_kriging, choose_weights, cross_fit, fit_level_anchor, position_grid
+    from heimdall_train.anchor import choose_belief, choose_kriging, cross_fit, fit_level_anchor, position_grid
     from heimdall_train.model import LocalizationNet
 
     started, positions, network = time.perf_counter(), training.enu(frame), training.network
@@ -185,12 +185,11 @@ def _prepare_levels(config: Config, training: LevelData, validation: LevelData, 
         validation = replace(validation, levels=drift(validation.levels, config.gain_drift, config.seed))
     kriging = choose_kriging(positions, training.levels, receivers, folds, judged, config.gain_drift)
     anchors = cross_fit(positions, training.levels, receivers, grid, kriging, folds, config.gain_drift)
-    silence, tempering = choose_weights(anchors, positions, judged, folds, silence=not config.gain_drift)
+    belief = choose_belief(anchors, positions, judged, folds, silence=not config.gain_drift)
 
     def final_anchor(sources: LevelData):
         anchor = fit_level_anchor(sources.enu(frame), sources.levels, receivers, grid, kriging, config.gain_drift)
-        anchor.silence_weight.fill_(silence)
-        anchor.tempering.fill_(tempering)
+        anchor.believe(belief)
         return anchor
 
     def refit(model, sources: LevelData) -> None:
@@ -199,11 +198,11 @@ def _prepare_levels(config: Config, training: LevelData, validation: LevelData, 
     anchor = final_anchor(training)
     say(
         f'level maps of {int(anchor.known.sum())} receivers kriged with lengths of {kriging.length:.0f} and {kriging.long_length:.0f} m; '
-        f'silence {"counts" if silence else "does not count"} ({time.perf_counter() - started:.0f} s)'
+        f'silence {"counts" if belief.silence else "does not count"}, powers within {belief.power:.0f} dB ({time.perf_counter() - started:.0f} s)'
     )
     torch.manual_seed(config.seed)
     model = LocalizationNet(network, frame, anchor, level_statistics(training.levels), heads=config.heads)
-    settings = {'silence_weight': silence, 'tempering': tempering, **{name: float(value) for name, value in vars(kriging).items()}}
+    settings = {**{f'belief_{name}': value for name, value in belief._asdict().items()}, **{name: float(value) for name, value in vars(kriging).items()}}
     return model, anchors, validation, settings, refit
 
 # %% ../nbs/90_pipeline.ipynb #b47c1e96
