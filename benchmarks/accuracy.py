@@ -9,9 +9,9 @@ same training sources; its negative log-likelihood is at least 0.3 nat better, a
 
 One training a seed: simulation (the training draw varies with the seed, the test sources do not), features, maps, network, calibration; then the test
 sessions, once. A seed that is finished is read, not repeated, if its settings are the same; so is each point of a study. `--study` works on the run of
-the first seed (`road` on all) and reads its test sessions again: a study describes, it must not choose. The studies: `missing` receivers, `snr`, `size` of
-the training set, `zone` (sources outside it), `road` (a survey's two test sets, and kilometres driven along), `cells` (a map of the median error),
-`repeats` (three recordings of each test source, fused), `faults` (a clock put wrong, and the scene's own bursts), `ablation`.
+the first seed (`road`, `cells` on all) and reads its test sessions again: a study describes, it must not choose. The studies: `missing` receivers, `snr`,
+`size` of the training set, `zone` (sources outside it), `road` (a survey's two test sets, and kilometres driven along), `cells` (a map of the median
+error), `repeats` (three recordings of each test source, fused), `faults` (a clock put wrong, and the scene's own bursts), `ablation`.
 DIR/SCENE.json has the means over the seeds as `evaluate --json` prints them, beside `per_seed`; DIR/SCENE.md is the table.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     name = name_of(options)
     if options.study:
         points = STUDIES[options.study](options, options.out / f'{name}-{seeds[0]}')
-        of_seeds = seeds if options.study == 'road' else seeds[:1]
+        of_seeds = seeds if options.study in ('road', 'cells') else seeds[:1]
         write(options.out / f'{name}-{options.study}.json', {**about(options, of_seeds), 'study': options.study, 'points': points})
         print(study_markdown(options.study, points))
         return
@@ -366,7 +366,21 @@ def survey_sets(folder: Path, config, model, data: TimedData, split) -> dict:
 
 
 def study_cells(options: argparse.Namespace, folder: Path) -> dict:
-    """Median errors in cells of 15 km with 20 test sources at least, named by their south-western corners: kilometres east and north of the zone's centre."""
+    """Median errors in cells of 15 km with 20 test sources at least, named by their south-western corners: kilometres east and north of the zone's centre.
+
+    Means over the seeds, which share their test sources.
+    """
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    medians = [cells_of_seed(argparse.Namespace(**{**vars(options), 'first_seed': seed})) for seed in seeds]
+    for seed, cells in zip(seeds, medians, strict=True):
+        better = float(np.mean([cell['model'] < cell['tdoa'] for cell in cells.values()]))
+        print(f'seed {seed}: {len(cells)} cells; the model has a better median than tdoa in {better:.1%}', flush=True)
+    return averaged(medians)
+
+
+def cells_of_seed(options: argparse.Namespace) -> dict:
+    """The cells of one seed."""
+    folder = options.out / f'{name_of(options)}-{options.first_seed}'
     _, model, data, split = trained(options, folder)
     test = data.take(data.rows(split.test))
     truth = test.enu(model.frame)
@@ -379,10 +393,7 @@ def study_cells(options: argparse.Namespace, folder: Path) -> dict:
             for cell in np.flatnonzero(counts >= 20)
         }
 
-    medians = point(folder, 'cells', all_cells)
-    better = float(np.mean([cell['model'] < cell['tdoa'] for cell in medians.values()]))
-    print(f'{len(medians)} cells; the model has a better median than tdoa in {better:.1%}', flush=True)
-    return medians
+    return point(folder, 'cells', all_cells)
 
 
 def sibling(options: argparse.Namespace, name: str, values: dict) -> str:
