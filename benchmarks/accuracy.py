@@ -22,7 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -308,14 +308,18 @@ def study_snr(options: argparse.Namespace, folder: Path) -> dict:
 
 def study_size(options: argparse.Namespace, folder: Path) -> dict:
     """Fewer training sources, in a scene that is the same but for that."""
-    points, values = {}, yaml.safe_load(yaml_of(options.scene).read_text())
+    points = {}
     for count in (250, 500, 1000, 3000, 12_000):
-        name = f'{name_of(options)}-size-{count}'
-        path = sibling(options, name, {**values, 'sources': {**values['sources'], 'train': count}})
-        fewer = {'scene': path, 'epochs': min(40, round(options.epochs * (12_000 / count) ** 0.5))}
-        metrics = run(options, options.first_seed, options.out / f'{name}-{options.first_seed}', **fewer)
-        points[str(count)] = methods_of(metrics['evaluation'])
+        where, other = of_size(options, count)
+        points[str(count)] = methods_of(run(options, options.first_seed, where, **other)['evaluation'])
     return points
+
+
+def of_size(options: argparse.Namespace, count: int) -> tuple[Path, dict]:
+    """Folder and settings of the first seed's run with so many training sources."""
+    values, name = yaml.safe_load(yaml_of(options.scene).read_text()), f'{name_of(options)}-size-{count}'
+    path = sibling(options, name, {**values, 'sources': {**values['sources'], 'train': count}})
+    return options.out / f'{name}-{options.first_seed}', {'scene': path, 'epochs': min(40, round(options.epochs * (12_000 / count) ** 0.5))}
 
 
 def study_road(options: argparse.Namespace, folder: Path) -> dict:
@@ -523,12 +527,13 @@ def study_faults(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def study_ablation(options: argparse.Namespace, folder: Path) -> dict:
-    """The network with something taken away, trained anew on the same sessions."""
-    config, model, data, split = trained(options, folder)
+    """The network with something taken away, trained anew on the same sessions: 3,000 training sources. Without any network: the anchor."""
+    where, other = of_size(options, 3000)
+    config, model, data, split = trained(options, where, **other)
     test = data.take(data.rows(split.test))
-    points = {'all': point(folder, 'ablation-all', lambda: all_methods(model, data, split, test))}
+    points = {'all': point(where, 'ablation-all', lambda: all_methods(model, data, split, test))}
     for label, variant in variants().items():
-        points[label] = point(folder, f'ablation-{label.replace(" ", "-")}', lambda kind=variant: train_variant(config, data, split, test, kind, folder))
+        points[label] = point(where, f'ablation-{label.replace(" ", "-")}', lambda kind=variant: train_variant(config, data, split, kind, where))
     return points
 
 
@@ -536,15 +541,24 @@ def variants() -> dict[str, type]:
     """Networks that lack something, by what they lack."""
     import torch
 
+    from heimdall_train.geodesy import SPEED_OF_LIGHT
+    from heimdall_train.model import LocalizationNet
     from heimdall_train.timed_model import TimedNet
 
     class WithoutBackbone(TimedNet):
         def see(self, maps, counts, heard):
             return torch.zeros(len(maps), 512)
 
-    class WithoutMaps(WithoutBackbone):
+    class ScalarsOnly(WithoutBackbone):
         def correct(self, inputs, fix):
             return super().correct((0 * inputs[0], *inputs[1:]), fix)
+
+    class MapsOnly(TimedNet):
+        def judge(self, inputs, fix):
+            maps, scalars, timed = inputs
+            level, snr, delay, heard = scalars.unbind(dim=2)
+            nothing = {name: 0 * getattr(fix, name) for name in ('residual', 'departure', 'departure_deviation', 'session')}
+            return super().judge((maps, torch.stack([level, 0 * snr + self.snr_mean, delay, heard], dim=2), timed), fix._replace(**nothing))
 
     class WithoutCoherence(TimedNet):
         def correct(self, inputs, fix):
@@ -558,32 +572,79 @@ def variants() -> dict[str, type]:
             session = torch.cat([fix.session[:, :3], 0 * fix.session[:, 3:]], dim=1)
             return fix._replace(departure=0 * fix.departure, departure_deviation=0 * fix.departure_deviation, session=session)
 
+    class WithoutAnchor(TimedNet):
+        """Delays and levels go in, a position comes out, in units of the zone."""
+
+        def locate(self, anchor, inputs, working=None):
+            fix, (_, snr, delay, _) = super().locate(anchor, inputs, working), inputs[1].unbind(dim=2)
+            counts, square = (fix.weight > 0).double(), 10_000.0**2 + 0 * fix.weight
+            area = (self.extent.double() ** 2 / 12) * torch.eye(2, dtype=torch.float64) + 0 * fix.covariance
+            measured = {'residual': SPEED_OF_LIGHT * delay * counts, 'departure': (snr - self.snr_mean) * counts}
+            nothing = {name: 0 * getattr(fix, name) for name in ('position', 'deviation', 'jacobian', 'departure_deviation', 'session')}
+            return fix._replace(covariance=area, variance=square, weight=counts / square, **measured, **nothing)
+
+        def correct(self, inputs, fix):
+            return self.conclude(self.judge(inputs, fix)[2], fix.position, fix.covariance)
+
+    class WithoutExcessMaps(TimedNet):
+        """One excess path a receiver, wherever the source is."""
+
+        change = staticmethod(flattened)
+
     return {
         'without the ResNet': WithoutBackbone,
-        'without maps of the recordings': WithoutMaps,
+        'maps of the recordings only': MapsOnly,
+        'scalars only': ScalarsOnly,
         'without coherence': WithoutCoherence,
         'without expected levels': WithoutExpectedLevels,
+        'without maps of the excess path': WithoutExcessMaps,
+        'without an anchor': WithoutAnchor,
+        'levels only': LocalizationNet,
     }
 
 
-def train_variant(config, data: TimedData, split, test: TimedData, kind: type, folder: Path) -> dict:
+def train_variant(config, data: TimedData, split, kind: type, folder: Path) -> dict:
     """Train, calibrate and evaluate one variant, as the pipeline does."""
     from heimdall_train.dataset import block_folds
-    from heimdall_train.pipeline import BLOCK_M, FOLDS, _frame, _prepare_timed
+    from heimdall_train.features import LevelData
+    from heimdall_train.model import LocalizationNet
+    from heimdall_train.pipeline import BLOCK_M, FOLDS, _frame, _prepare_levels, _prepare_timed
     from heimdall_train.training import estimate, finish, fit, new_learner
 
-    training, validation = (data.take(data.rows(ids)) for ids in (split.train, split.validation))
-    frame = _frame(data, split.test)
+    def of(ids):
+        part = data.take(data.rows(ids))
+        return LevelData(**{field.name: getattr(part, field.name) for field in fields(LevelData)}) if prepare is _prepare_levels else part
+
+    prepare: Callable = _prepare_levels if kind is LocalizationNet else _prepare_timed
+    change: Callable = getattr(kind, 'change', lambda anchor, data: anchor)
+    training, validation, test, frame = of(split.train), of(split.validation), of(split.test), _frame(data, split.test)
     folds = block_folds(training.enu(frame), BLOCK_M, FOLDS, config.seed)
-    model, anchors, validation, _, refit = _prepare_timed(config, training, validation, frame, folds, print)
-    model.__class__ = kind
-    learner = new_learner(model, anchors, training, folds, validation, config.batch_size, config.seed)
+    model, anchors, validation, _, refit = prepare(config, training, validation, frame, folds, print)
+    model.__class__, model.anchor = kind, change(model.anchor, data)
+    learner = new_learner(model, [change(anchor, data) for anchor in anchors], training, folds, validation, config.batch_size, config.seed)
     best = fit(learner, config.epochs, folder / 'variants' / kind.__name__, config.learning_rate)
     best.__class__ = kind
     finish(best, validation)
-    refit(best, data.take(data.rows(split.train + split.validation)))
-    position, covariance, _, _ = estimate(best, test)
-    return {'model': figures(test.enu(frame), position, covariance)}
+    refit(best, of([*split.train, *split.validation]))
+    best.anchor = change(best.anchor, data)
+    position, covariance, anchor, anchor_covariance = estimate(best, test)
+    truth = test.enu(frame)
+    return {'model': figures(truth, position, covariance), 'anchor': figures(truth, anchor, anchor_covariance)}
+
+
+def flattened(anchor, data: TimedData):
+    """The anchor with the mean of each receiver's map everywhere, and all of its scatter as deviation."""
+    from heimdall_train.expected_levels import Surveyed
+    from heimdall_train.tdoa import DelayNoise, ExcessKriging, ExcessMaps, TdoaAnchor
+
+    times, network = anchor.times, data.network
+    mean, deviation = times.maps.double().numpy().transpose(3, 0, 1, 2)
+    spread = np.sqrt((deviation**2 + (mean - mean.mean(axis=(1, 2), keepdims=True)) ** 2).mean(axis=(1, 2), keepdims=True))
+    average, scatter = (np.broadcast_to(values, mean.shape) for values in (mean.mean(axis=(1, 2), keepdims=True), spread))
+    kriging = ExcessKriging(nugget=float(times.constants[3]))
+    maps = ExcessMaps(times.origin.numpy(), float(times.pitch), average, scatter, times.known.numpy() > 0, kriging)
+    noise = DelayNoise(bandwidth=data.sample_rate, duration=data.samples / data.sample_rate)
+    return Surveyed(TdoaAnchor(network.positions_enu(network.frame()), maps, noise, network.source_height), anchor.levels)
 
 
 STUDIES: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
