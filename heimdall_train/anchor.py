@@ -31,11 +31,10 @@ from .network import HeimdallError
 def position_grid(
     positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
     cells: int = 4000,  # about how many grid points
-    margin: float = 0.05,  # on each side, as a share of the longer side
 ) -> np.ndarray:  # metres east and north, shape (G, 2)
-    "Regular grid over the bounding box of the positions and a margin."
+    "Regular grid over the area that the positions come from: their bounding box, and as much more as it misses on average."
     low, high = positions.min(axis=0), positions.max(axis=0)
-    extra = max(margin * float((high - low).max()), 1.0)
+    extra = np.maximum((high - low) / (len(positions) - 1), 1.0)
     low, high = low - extra, high + extra
     pitch = float(np.sqrt(np.prod(high - low) / cells))
     axes = [np.linspace(low[axis], high[axis], max(int(round((high[axis] - low[axis]) / pitch)) + 1, 2)) for axis in range(2)]
@@ -384,9 +383,9 @@ def left_out_errors(
     anchor: LevelAnchor,  # that has not seen the sources
     positions: np.ndarray,  # metres east and north of the sources, shape (N, 2)
     levels: np.ndarray,  # dB, NaN where not heard, shape (N, R)
-) -> np.ndarray:  # metres, sum of the errors for each of `BELIEFS`
-    "Sum of the distances between posterior mean and source, for each belief."
-    total, powers = np.zeros(len(BELIEFS)), sorted({belief.power for belief in BELIEFS})
+) -> np.ndarray:  # metres, for each of `BELIEFS`, shape (N, number of beliefs)
+    "Distances between posterior mean and source, for each belief."
+    errors, powers = np.empty((len(positions), len(BELIEFS))), sorted({belief.power for belief in BELIEFS})
     for rows in torch.arange(len(positions)).split(64):
         chosen, truth = torch.from_numpy(levels[rows]), torch.from_numpy(positions[rows])
         heard = (~chosen.isnan()).float() * anchor.known
@@ -395,8 +394,8 @@ def left_out_errors(
         for place, belief in enumerate(BELIEFS):
             log_posterior = of_levels[belief.power] + belief.silence * silence
             mean, _ = anchor.moments(log_posterior, belief.tempering / anchor.tempering)
-            total[place] += float(torch.linalg.vector_norm(mean - truth, dim=1).sum())
-    return total
+            errors[rows, place] = torch.linalg.vector_norm(mean - truth, dim=1)
+    return errors
 
 
 def choose_kriging(
@@ -412,12 +411,12 @@ def choose_kriging(
     judged = levels if judged is None else judged
 
     def error(kriging: Kriging) -> float:
-        total = np.zeros(len(BELIEFS))
+        errors = []
         for fold in (0, 1):
             left_out = folds == fold
             anchor = fit_level_anchor(positions[~left_out], levels[~left_out], receivers, grid, kriging, gain_drift)
-            total += left_out_errors(anchor, positions[left_out], judged[left_out])
-        return float(total.min())
+            errors.append(left_out_errors(anchor, positions[left_out], judged[left_out]))
+        return float(np.concatenate(errors).sum(axis=0).min())
     best, lowest = default, error(default)
     for factors in ((2.0, 4.0, 8.0, 16.0, 32.0), (0.5, 0.25)):
         for factor in factors:
@@ -440,14 +439,13 @@ def choose_belief(
     positions: np.ndarray,  # metres east and north of the training sources, shape (N, 2)
     levels: np.ndarray,  # dB, of the sources when left out, NaN where not heard, shape (N, R)
     folds: np.ndarray,  # fold of each source, shape (N,)
-    silence: bool = True,  # False: silence gets no weight
+    silence: bool = True,  # False: it gets no weight
 ) -> Belief:
-    "The belief that the left-out sources prefer; the anchors share it from now on."
-    total = np.zeros(len(BELIEFS))
-    for fold, anchor in enumerate(anchors):
-        total += left_out_errors(anchor, positions[folds == fold], levels[folds == fold])
-    allowed = [place for place, belief in enumerate(BELIEFS) if silence or not belief.silence]
-    chosen = BELIEFS[min(allowed, key=lambda place: total[place] * (1 + 0.01 * BELIEFS[place].silence))]  # silence must earn one per cent
+    "The belief that the left-out sources prefer (silence if by more than two standard errors); the anchors share it from now on."
+    errors = np.concatenate([left_out_errors(anchor, positions[folds == fold], levels[folds == fold]) for fold, anchor in enumerate(anchors)])
+    deaf, hearing = (min((place for place, belief in enumerate(BELIEFS) if belief.silence == weight), key=errors.sum(axis=0).__getitem__) for weight in (0, 1))
+    gain = errors[:, deaf] - errors[:, hearing]
+    chosen = BELIEFS[hearing if silence and gain.mean() > 2 * gain.std() / math.sqrt(len(gain)) else deaf]
     for anchor in anchors:
         anchor.believe(chosen)
     return chosen
