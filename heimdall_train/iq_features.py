@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'BANDS', 'CELLS', 'MINIMUM_SNR', 'MAX_DELAY', 'MAX_FREQUENCY', 'WEIGHT_BANDS', 'TAPER', 'frame_layout',
-           'framed', 'FrameSpectra', 'MelBands', 'NoiseFloor', 'snr_db', 'take', 'time_axis', 'best_receiver', 'climb',
-           'AmbiguitySearch', 'coherent_weights', 'DelayRefinement', 'Features', 'FeatureExtractor', 'stack_sessions',
-           'usable_samples']
+           'framed', 'FourierTransform', 'FrameSpectra', 'MelBands', 'NoiseFloor', 'snr_db', 'take', 'time_axis',
+           'best_receiver', 'climb', 'AmbiguitySearch', 'coherent_weights', 'DelayRefinement', 'Features',
+           'FeatureExtractor', 'stack_sessions', 'usable_samples']
 
 # %% ../nbs/36_iq_features.ipynb #92344521
 import math
@@ -55,6 +55,59 @@ def framed(
     return torch.cat([*parts[:-1], parts[-1][..., : length - (pieces - 1) * hop]], dim=-1)
 
 
+class FourierTransform(nn.Module):
+    "FFT of complex values given as real and imaginary parts; in an exported graph two products with small matrices (Cooley & Tukey 1965)."
+    first: torch.Tensor  # Fourier matrix of the rows, real and imaginary parts side by side, shape (2 · rows, 2 · rows)
+    cosine: torch.Tensor  # of the angle between the two products, shape (rows, columns)
+    sine: torch.Tensor  # of the same angle
+    second: torch.Tensor  # Fourier matrix of the columns, shape (2 · columns, 2 · columns)
+
+    def __init__(
+        self,
+        length: int,  # of the transform, a power of two
+    ):
+        super().__init__()
+        self.rows = 2 ** ((length.bit_length() - 1) // 2)
+        self.columns = length // self.rows
+        row, column = torch.arange(self.rows, dtype=torch.float64), torch.arange(self.columns, dtype=torch.float64)
+        between = -2 * math.pi / length * torch.outer(row, column)
+        tables = {'first': self.matrix(row).T.contiguous(), 'cosine': between.cos(), 'sine': between.sin(), 'second': self.matrix(column)}
+        for name, values in tables.items():
+            self.register_buffer(name, values.float(), persistent=False)
+
+    def matrix(
+        self,
+        index: torch.Tensor,  # 0 … n − 1, float64, shape (n,)
+    ) -> torch.Tensor:  # shape (2n, 2n)
+        "What a row of n real and then n imaginary parts is multiplied by."
+        angle = -2 * math.pi / len(index) * torch.outer(index, index)
+        return torch.cat([torch.cat([angle.cos(), angle.sin()], dim=1), torch.cat([-angle.sin(), angle.cos()], dim=1)])
+
+    def forward(
+        self,
+        real: torch.Tensor,  # shape (…, length)
+        imaginary: torch.Tensor,  # shape (…, length)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # real and imaginary parts, shape (…, length)
+        "Two-sided spectra, line 0 at the carrier as in every FFT."
+        if torch.compiler.is_exporting():
+            return self.by_products(real, imaginary)
+        spectra = torch.fft.fft(torch.complex(real, imaginary))
+        return spectra.real.contiguous(), spectra.imag.contiguous()
+
+    def by_products(
+        self,
+        real: torch.Tensor,  # shape (…, length)
+        imaginary: torch.Tensor,  # shape (…, length)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # real and imaginary parts, shape (…, length)
+        "The same as columns of every `columns`-th value, a turn of each, and rows."
+        table = self.rows, self.columns
+        values = self.first @ torch.cat([real.unflatten(-1, table), imaginary.unflatten(-1, table)], dim=-2)
+        real, imaginary = values[..., : self.rows, :], values[..., self.rows :, :]
+        turned = torch.cat([real * self.cosine - imaginary * self.sine, real * self.sine + imaginary * self.cosine], dim=-1)
+        lines = (turned @ self.second).transpose(-1, -2)
+        return lines[..., : self.columns, :].flatten(-2), lines[..., self.columns :, :].flatten(-2)
+
+
 class FrameSpectra(nn.Module):
     "Spectra of 32 frames under a Hann window."
     window: torch.Tensor  # shape (fft,)
@@ -67,6 +120,7 @@ class FrameSpectra(nn.Module):
         super().__init__()
         self.fft, self.hop, self.first = frame_layout(sample_rate, samples)
         self.span = self.fft + (FRAMES - 1) * self.hop  # samples from the first frame's start to the last one's end
+        self.transform = FourierTransform(self.fft)
         window = torch.hann_window(self.fft, dtype=torch.float64)
         self.register_buffer('window', (window / (self.fft * window.square().sum()).sqrt()).float(), persistent=False)
 
@@ -74,10 +128,9 @@ class FrameSpectra(nn.Module):
         self,
         iq: torch.Tensor,  # samples from `first` on, shape (B, R, 2, span)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # real and imaginary parts, shape (B, R, 32, fft)
-        "Two-sided spectra, line 0 at the carrier as in every FFT."
+        "Two-sided spectra of all frames."
         frames = framed(iq, self.fft, self.hop, FRAMES) * self.window
-        spectra = torch.fft.fft(torch.complex(frames[:, :, 0], frames[:, :, 1]))
-        return spectra.real.contiguous(), spectra.imag.contiguous()
+        return self.transform(frames[:, :, 0], frames[:, :, 1])
 
 # %% ../nbs/36_iq_features.ipynb #a89063fc
 class MelBands(nn.Module):
@@ -339,7 +392,7 @@ class DelayRefinement(nn.Module):
         samples: int,  # of a recording
     ):
         super().__init__()
-        self.samples, self.fft = samples, frame_spectra.fft
+        self.samples, self.fft, self.spectra = samples, frame_spectra.fft, frame_spectra.transform
         guard, rise = self.fft // 16, self.fft // 16  # beside a reference block, and over which it fades into the next one
         self.hop = self.fft - 2 * guard - rise
         self.before = guard + rise  # samples between the start of the first stretch and that of the recording
@@ -367,15 +420,6 @@ class DelayRefinement(nn.Module):
         }
         for name, values in tables.items():
             self.register_buffer(name, values, persistent=False)
-
-    def spectra(
-        self,
-        real: torch.Tensor,  # blocks, shape (B, R, blocks, fft)
-        imaginary: torch.Tensor,  # their imaginary parts
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # real and imaginary parts, shape (B, R, blocks, fft)
-        "Spectra of blocks."
-        spectra = torch.fft.fft(torch.complex(real, imaginary))
-        return spectra.real.contiguous(), spectra.imag.contiguous()
 
     def forward(
         self,
