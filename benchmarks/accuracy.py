@@ -316,8 +316,10 @@ def study_size(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def of_size(options: argparse.Namespace, count: int) -> tuple[Path, dict]:
-    """Folder and settings of the first seed's run with so many training sources."""
+    """Folder and settings of the first seed's run with so many training sources; the run itself where the scene has as many."""
     values, name = yaml.safe_load(yaml_of(options.scene).read_text()), f'{name_of(options)}-size-{count}'
+    if values['sources']['train'] == count:
+        return options.out / f'{name_of(options)}-{options.first_seed}', {}
     path = sibling(options, name, {**values, 'sources': {**values['sources'], 'train': count}})
     return options.out / f'{name}-{options.first_seed}', {'scene': path, 'epochs': min(40, round(options.epochs * (12_000 / count) ** 0.5))}
 
