@@ -114,10 +114,10 @@ class LevelMap:
         receiver: np.ndarray,  # metres east and north of the receiver, NaN where unknown, shape (2,)
     ):
         self.survey, self.receiver, heard = survey, receiver, ~np.isnan(levels)
-        self.cells, place = np.unique(survey.cell[heard], return_inverse=True)
+        self.cells, self.place = np.unique(survey.cell[heard], return_inverse=True)
         self.silent = survey.cell[~heard]
-        count = np.bincount(place)
-        values = np.bincount(place, levels[heard].astype(np.float64)) / count
+        count = np.bincount(self.place)
+        values = np.bincount(self.place, levels[heard].astype(np.float64)) / count
         trend = _trend(survey.places[self.cells], receiver)
         covariance = survey.among[np.ix_(self.cells, self.cells)] + np.diag(survey.kriging.nugget**2 / count)
         self.factor = cholesky(covariance, lower=True, check_finite=False)
@@ -130,8 +130,9 @@ class LevelMap:
             self.information, self.weighted_trend.T @ values + precision @ np.array([0.0, 2.6])[: trend.shape[1]]
         )
         self.weights = inverse @ (values - trend @ self.coefficients)
-        self.left_out_error = self.weights / np.diag(inverse)
-        self.left_out_variance = 1 / np.diag(inverse)
+        of_trend = np.einsum('ni,ij,nj->n', self.weighted_trend, np.linalg.inv(self.information), self.weighted_trend)
+        self.left_out_variance = 1 / (np.diag(inverse) - of_trend)
+        self.left_out_error = self.left_out_variance * self.weights
         self.left_out_level = values - self.left_out_error
 
     def predict(self) -> tuple[np.ndarray, np.ndarray]:  # mean in dB and variance in dB² of a new recording's level, each of shape (G,)
@@ -146,6 +147,10 @@ class LevelMap:
             trend @ self.coefficients + across @ self.weights,
             kriging.deviation**2 + kriging.long_deviation**2 - explained + of_trend + kriging.nugget**2,
         )
+
+    def where_heard(self) -> np.ndarray:  # dB, shape (N − M,)
+        "Expected level of each source that the receiver heard, without what was heard from its cell."
+        return self.left_out_level[self.place]
 
     def where_silent(self) -> np.ndarray:  # dB, shape (M,)
         "Expected level of each source that the receiver did not hear."
@@ -353,7 +358,7 @@ def fit_level_anchor(
         level_map = LevelMap(survey, levels[:, receiver], receivers[receiver])
         mean[receiver], variance[receiver] = level_map.predict()
         variance[receiver] = variance[receiver] * scatter_scale(level_map, mean[receiver]) + gain_drift**2
-        hearing[receiver] = hearing_probability(level_map.left_out_level, level_map.where_silent(), mean[receiver])
+        hearing[receiver] = hearing_probability(level_map.where_heard(), level_map.where_silent(), mean[receiver])
     tensors = [torch.from_numpy(values) for values in (grid, mean, variance, hearing, known)]
     return LevelAnchor(
         tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], outlier_share=CHANGED_SHARE if gain_drift else OUTLIER_SHARE

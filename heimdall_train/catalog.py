@@ -135,11 +135,18 @@ def _station(row: Any) -> Receiver:
 
 def _get_network(connection: sa.Connection, columns: 'Columns', name: str) -> Network:
     "A network by name."
-    stations = {row.name: _station(row) for row in connection.execute(sa.select(*_present(columns, STATIONS)).order_by(_bytewise(connection, STATIONS.c.name)))}
-    if name == OWN_NETWORK and _is_own(connection, columns):
-        return Network(name, tuple(stations.values()))
-    row = connection.execute(sa.select(NETWORKS).where(NETWORKS.c.name == name)).one()
-    return Network(row.name, tuple(stations[name] for name in row.receivers), Zone(**row.zone) if row.zone else None, row.source_height)
+    rows = connection.execute(sa.select(*_present(columns, STATIONS)).order_by(_bytewise(connection, STATIONS.c.name))).all()
+    stations, counts = {row.name: _station(row) for row in rows}, Counter(row.name for row in rows)
+    own = name == OWN_NETWORK and _is_own(connection, columns)
+    row = None if own else connection.execute(sa.select(NETWORKS).where(NETWORKS.c.name == name)).one()
+    receivers = list(stations) if row is None else row.receivers
+    for receiver in receivers:
+        if not counts[receiver]:
+            raise HeimdallError(f'network {name}: no station is called {receiver} any more: give it its name back, or restore its row in websdr_stations')
+        if counts[receiver] > 1:
+            raise HeimdallError(f'network {name}: {counts[receiver]} stations are called {receiver}: give each a name of its own in websdr_stations')
+    members = tuple(stations[receiver] for receiver in receivers)
+    return Network(name, members) if row is None else Network(name, members, Zone(**row.zone) if row.zone else None, row.source_height)
 
 
 def _choose(what: str, name: str | None, names: list[str]) -> str:
@@ -272,8 +279,9 @@ class _Selection:
         return query.where(member.correlate(MEASUREMENTS).exists())
 
     def sessions(self, *chosen: Any) -> sa.Select:
-        "Select from the completed sessions that have measurements, all or those whose source has a position."
-        heard = self.measurements(MEASUREMENTS.c.id).where(MEASUREMENTS.c.recording_session_id == SESSIONS.c.id).exists()
+        "Select from the completed sessions that have measurements of a station, all or those whose source has a position."
+        heard = (self.measurements(MEASUREMENTS.c.id).join(STATIONS, STATIONS.c.id == MEASUREMENTS.c.websdr_station_id)
+                 .where(MEASUREMENTS.c.recording_session_id == SESSIONS.c.id).exists())
         query = (sa.select(*chosen).select_from(SESSIONS).join(SOURCES, SOURCES.c.id == SESSIONS.c.known_source_id, isouter=not self.located)
                  .where(SESSIONS.c.status == 'completed', heard))
         if self.located:

@@ -298,20 +298,25 @@ def differences(
     model: Model,  # in torch
     expected: dict[str, np.ndarray],  # outputs by torch
     found: dict[str, np.ndarray],  # outputs by ONNX Runtime
-) -> dict[str, float]:  # position_m, degrees_m, position_share of what is allowed, sigma_relative, and late_deviations where there are clocks
+) -> dict[str, float]:  # position_m, degrees_m, position_share of what is allowed, sigma_relative (covariance and late_sigma too), late_deviations of clocks
     "How far two answers to the same sessions are apart at most; infinitely, where one is not a number."
     latitude, longitude = found['position'].T
     degrees = model.frame.to_enu(latitude, longitude, model.network.source_height)[:, :2]
     position, in_degrees = (np.abs(each - expected['position_enu']).max(axis=1) for each in (found['position_enu'], degrees))
-    allowed = np.maximum(PARITY_METRES, PARITY_SIGMA * expected['sigma'].max(axis=1))
+    sigma = expected['sigma']
+    allowed = np.maximum(PARITY_METRES, PARITY_SIGMA * sigma.max(axis=1))
+    beliefs = [found['sigma'] / sigma - 1, (found['covariance'] - expected['covariance']) / (sigma[:, :, None] * sigma[:, None, :])]
+    if 'late' in expected:
+        told = expected['late_sigma'] > 0
+        beliefs.append(found['late_sigma'][told] / expected['late_sigma'][told] - 1)
     values = {
         'position_m': position.max(),
         'degrees_m': in_degrees.max(),
         'position_share': (np.maximum(position, in_degrees) / allowed).max(),
-        'sigma_relative': np.abs(found['sigma'] / expected['sigma'] - 1).max(),
+        'sigma_relative': np.abs(np.concatenate([belief.ravel() for belief in beliefs])).max(),
     }
     if 'late' in expected:
-        deviation = np.where(expected['late_sigma'] > 0, expected['late_sigma'], np.inf)
+        deviation = np.where(told, expected['late_sigma'], np.inf)
         values['late_deviations'] = (np.abs(found['late'] - expected['late']) / deviation).max()
     return {name: float(np.nan_to_num(value, nan=np.inf)) for name, value in values.items()}
 

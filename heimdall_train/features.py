@@ -8,6 +8,7 @@ __all__ = ['OUTLIER_DEVIATION', 'CHANGED_SHARE', 'SILENT_SHARE', 'FLAT_MAP_SHAPE
 
 # %% ../nbs/35_features.ipynb #7cc35b11
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -68,8 +69,8 @@ class LevelData:
 
     @property
     def digest(self) -> str:  # hexadecimal sha256
-        "Digest of everything that training sees: receivers, sessions, levels and positions."
-        digest = hashlib.sha256('\n'.join(self.network.names + [''] + list(self.ids)).encode())
+        "Digest of everything that training sees: the network, sessions, levels and positions."
+        digest = hashlib.sha256('\n'.join([json.dumps(self.network.to_dict(), sort_keys=True), *self.ids]).encode())
         for values in (np.where(np.isnan(self.levels), np.float32(np.nan), self.levels), self.latitude, self.longitude, self.source_error):
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()

@@ -42,7 +42,7 @@ class Capture:
     sample_rate: float  # samples per second
     start: Moment | None = None  # of the first sample; None: the file does not say
     frequency_hz: float | None = None  # carrier
-    clocked: bool = False  # whether the start is by a disciplined clock
+    clocked: bool | None = None  # whether the start is by a disciplined clock; None: the file does not say
     place: tuple[float, float] | None = None  # of the receiver, degrees north and east
 
 
@@ -107,7 +107,7 @@ def read_sigmf(
     start = parse_moment(capture['core:datetime'], where) if 'core:datetime' in capture else None
     point = capture.get('core:geolocation', described.get('core:geolocation', {})).get('coordinates')
     place = (float(point[1]), float(point[0])) if point else None
-    return Capture(iq, float(rate), start, None if frequency is None else float(frequency), False, place)
+    return Capture(iq, float(rate), start, None if frequency is None else float(frequency), None, place)
 
 
 def _sigmf_metadata(content: bytes, where: str) -> dict:
@@ -235,7 +235,7 @@ def _kiwi_capture(iq: np.ndarray, rate: float, first: np.ndarray, stamps: list[t
     age, _, seconds, nanoseconds = np.array(stamps, dtype=np.int64).T
     good = (age <= FRESH) & (seconds < WEEK) & (nanoseconds < 1_000_000_000)
     if good.sum() < 2 or near is None:
-        return Capture(iq, rate)
+        return Capture(iq, rate, clocked=False)
     origin = int(seconds[good][0])
     since = (seconds[good] - origin) % int(WEEK) + nanoseconds[good] * 1e-9  # double precision: far below a nanosecond
     sample = first[good].astype(np.float64)

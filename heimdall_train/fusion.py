@@ -20,8 +20,11 @@ def fuse(
     positions: np.ndarray,  # metres, of K answers for one source, shape (K, 2)
     covariances: np.ndarray,  # m², shape (K, 2, 2)
     shared: np.ndarray,  # metres that one deviation of each receiver's map moves each answer, shape (K, 2, R)
+    told: np.ndarray | None = None,  # False for an answer of which nobody says what it shares, shape (K,); all told by default
 ) -> tuple[np.ndarray, np.ndarray]:  # position in metres (2,), covariance in m² (2, 2)
-    "One answer from several, whose errors are shared in part; where more is shared than is stated, everything is."
+    "One answer from several, whose errors are shared in part; where more is shared than is stated, everything is; an upper bound where nobody says."
+    known = np.ones(len(positions), dtype=bool) if told is None else np.asarray(told, dtype=bool)
+    shared, untold = shared * known[:, None, None], int((~known).sum())
     factor = np.linalg.cholesky(covariances)
     left, sizes, right = np.linalg.svd(np.linalg.solve(factor, shared), full_matrices=False)
     shared = factor @ (left * np.minimum(sizes, 1)[:, None]) @ right
@@ -29,7 +32,9 @@ def fuse(
     weights = np.linalg.solve(inverse.sum(axis=0), inverse)
     own = covariances - shared @ shared.transpose(0, 2, 1)
     common = (weights @ shared).sum(axis=0)
-    return (weights @ positions[:, :, None]).sum(axis=0)[:, 0], (weights @ own @ weights.transpose(0, 2, 1)).sum(axis=0) + common @ common.T
+    parts = weights @ own @ weights.transpose(0, 2, 1)
+    covariance = parts.sum(axis=0) + max(untold - 1, 0) * parts[~known].sum(axis=0) + common @ common.T
+    return (weights @ positions[:, :, None]).sum(axis=0)[:, 0], covariance
 
 # %% ../nbs/72_fusion.ipynb #ba2f32c6
 class Fused(NamedTuple):
@@ -53,6 +58,8 @@ def fuse_sources(
             session = samples.take(slice(start, start + 64))
             parts.append(model.shared(session, model.locate(model.anchor, session)))
     shared = torch.cat(parts).double().numpy()
+    told = np.abs(shared).sum(axis=(1, 2)) > 0
     sources, of_session, counts = np.unique(data.sources, return_inverse=True, return_counts=True)
-    fused = [fuse(position[rows], covariance[rows], shared[rows]) for rows in (np.flatnonzero(of_session == place) for place in range(len(sources)))]
+    of_source = [np.flatnonzero(of_session == place) for place in range(len(sources))]
+    fused = [fuse(position[rows], covariance[rows], shared[rows], told[rows]) for rows in of_source]
     return Fused(sources, counts, np.stack([answer for answer, _ in fused]), np.stack([belief for _, belief in fused]))

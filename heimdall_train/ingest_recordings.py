@@ -300,6 +300,8 @@ def _samples(row: _Row, folder: Path, network: Network | None = None) -> tuple[n
         _check_capture(capture, row, network.receivers[network.index(recording.receiver)], where)
     begin = 0.0 if capture.start is None else recording.start_offset - capture.start.after(row.started_at)
     iq = on_axis(capture, begin, float(recording.sample_rate or 0), _wanted(row), where)
+    if capture.clocked is False:  # whatever the manifest says: nobody knows when the samples were taken
+        return iq, None
     return iq, 0.0 if capture.clocked and recording.clock_error_s is None else recording.clock_error_s
 
 

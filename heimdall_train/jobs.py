@@ -55,7 +55,8 @@ class ServiceSettings(BaseSettings):
     @classmethod
     def _without_password(cls, value: str | None, info: Any) -> str | None:
         "Secrets come from variables of their own; the error does not repeat them."
-        if ':' in (value or '').partition('://')[2].rpartition('@')[0]:
+        rest = (value or '').partition('://')[2]
+        if ':' in rest.rpartition('@')[0] or 'password=' in rest.partition('?')[2]:
             variable = {'broker': 'RABBITMQ_PASSWORD', 'redis': 'REDIS_PASSWORD'}[info.field_name]
             raise HeimdallError(f'HEIMDALL_{info.field_name.upper()} holds a password: leave it out and set {variable}')
         return value
@@ -66,7 +67,7 @@ class ServiceSettings(BaseSettings):
         "A key in the place of its digest would never fit, and would stand in the environment."
         for digest in (value.get_secret_value() if value else '').split(',') if value else ():
             if len(digest.strip()) != 64 or set(digest.strip().lower()) - set('0123456789abcdef'):
-                raise HeimdallError('HEIMDALL_SERVICE_API_KEYS_SHA256 is not a SHA-256: set it to what printf %s "$KEY" | sha256sum prints')
+                raise HeimdallError('HEIMDALL_SERVICE_API_KEYS_SHA256 is not a SHA-256: set it to what printf %s "$KEY" | sha256sum | cut -c1-64 prints')
         return value
 
 
@@ -344,7 +345,7 @@ class RedisJobs:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        self._where = uri.rpartition('@')[2].removeprefix('redis://')
+        self._where = uri.partition('?')[0].rpartition('@')[2].removeprefix('redis://')
         self._error = redis.RedisError
         self.client: Any = redis.Redis.from_url(uri, socket_timeout=5, socket_connect_timeout=2, retry=Retry(NoBackoff(), 1))
 

@@ -303,13 +303,12 @@ def fuse_locations(
     if len(locations) == 1:
         return locations[0]
     positions, covariances, told = _parts(locations, shared)
-    persistent = np.linalg.cholesky(covariances) * ~told[:, None, None]
-    position, covariance = fuse(positions, covariances, np.concatenate([shared, persistent], axis=2))
+    position, covariance = fuse(positions, covariances, shared, told)
     first = locations[0]
     latitude, longitude = first.frame.horizontal_to_geodetic(position[0], position[1], first.height)
     note = f'fused from {len(locations)} recordings'
     if not told.all():
-        note += f'; of {(~told).sum()} nobody says what part of the error persists, so all of it is taken to'
+        note += f'; of {(~told).sum()} nobody says what their errors share, so the covariance is an upper bound'
     heard = {receiver for location in locations for receiver in location.receivers}
     identifiers = [location.session_id for location in locations]
     return replace(

@@ -11,6 +11,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def validate_coordinates(
     if not (math.isfinite(longitude) and -180 <= longitude <= 180):
         raise HeimdallError(f'{where}: longitude {longitude} is not between -180 and 180 degrees')
 
+
+def _is_finite(value: object) -> bool:
+    "Whether a value, of a file perhaps, is a finite number."
+    return isinstance(value, Real) and math.isfinite(value)
+
 # %% ../nbs/05_network.ipynb #6d10854a
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, 'heimdall-train/receiver')
 
@@ -55,8 +61,12 @@ class Receiver:
     notes: str = ''  # anything else
 
     def __post_init__(self):
-        if not self.name.strip():
+        if self.name is not None and not isinstance(self.name, str):
+            raise HeimdallError(f'receiver {self.name!r}: its name is not text: in YAML put a name that looks like a number in quotes')
+        if not self.name or not self.name.strip():
             raise HeimdallError('a receiver without a name: give each receiver a name')
+        if not _is_finite(self.altitude):
+            raise HeimdallError(f'receiver {self.name}: altitude {self.altitude} is not a finite number of metres')
         if (self.latitude is None) != (self.longitude is None):
             raise HeimdallError(f'receiver {self.name}: latitude and longitude must be given together')
         if self.latitude is not None and self.longitude is not None:
@@ -101,7 +111,15 @@ class Network:
             if receiver.name in seen:
                 raise HeimdallError(f'network {self.name}: receiver {receiver.name} appears twice: names must be unique')
             seen.add(receiver.name)
-        if self.zone is not None and abs(self.zone.longitude) + _degrees_east(self.zone.width_m / 2, self.zone.latitude) > 180:
+        if not _is_finite(self.source_height):
+            raise HeimdallError(f'network {self.name}: source_height {self.source_height} is not a finite number of metres')
+        if self.zone is None:
+            return
+        validate_coordinates(self.zone.latitude, self.zone.longitude, f'the zone of network {self.name}')
+        for side in ('width_m', 'height_m'):
+            if not _is_finite(length := getattr(self.zone, side)) or length <= 0:
+                raise HeimdallError(f'the zone of network {self.name}: {side} {length} is not a finite number of metres above 0')
+        if abs(self.zone.longitude) + _degrees_east(self.zone.width_m / 2, self.zone.latitude) > 180:
             raise HeimdallError(f'network {self.name}: its zone crosses the 180th meridian, where longitudes jump: give a zone on one side of it')
 
     def __len__(self) -> int:
@@ -196,8 +214,11 @@ class Network:
             if unknown:
                 raise TypeError(f'unknown field {sorted(unknown)[0]}')
             return cls(values['name'], receivers, zone, float(values.get('source_height', 300.0)))
-        except (KeyError, TypeError) as error:
-            raise HeimdallError(f'not a network description: {error}: expected name, receivers (name, latitude, longitude, …) and optionally zone') from error
+        except HeimdallError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise HeimdallError(f'not a network description: {error}: expected name, receivers (name, latitude, longitude, …) '
+                                'and optionally zone, source_height') from error
 
     def to_yaml(
         self,
@@ -227,18 +248,21 @@ class Network:
         name: str | None = None,  # of the network; the folder's name by default
     ) -> 'Network':
         "Read a network from a table of receivers."
-        rows = list(csv.DictReader(_read_text(path).splitlines()))
-        missing = {'name', 'lat', 'lon'} - set(rows[0] if rows else {})
+        reader = csv.DictReader(_read_text(path).splitlines())
+        rows = [(reader.line_num, row) for row in reader]  # blank lines are no rows, but count as lines
+        missing = {'name', 'lat', 'lon'} - set(rows[0][1] if rows else {})
         if missing:
             raise HeimdallError(f'{path}: column {", ".join(sorted(missing))} missing, or no row: expected name,lat,lon')
         receivers = []
-        for line, row in enumerate(rows, start=2):
+        for line, row in rows:
             try:
                 latitude, longitude = (float(row[key]) if row[key] else None for key in ('lat', 'lon'))
                 altitude = float(row.get('altitude') or 0.0)
+                receivers.append(Receiver(row['name'], latitude, longitude, altitude))
+            except HeimdallError as error:
+                raise HeimdallError(f'{path}, line {line}: {error}') from None
             except (TypeError, ValueError):
                 raise HeimdallError(f'{path}, line {line}: a coordinate of receiver {row["name"]} is not a number') from None
-            receivers.append(Receiver(row['name'], latitude, longitude, altitude))
         return cls(name or Path(path).resolve().parent.name, tuple(receivers))
 
 

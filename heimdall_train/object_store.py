@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .network import HeimdallError
@@ -29,7 +29,7 @@ class S3Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix='HEIMDALL_S3_', extra='forbid', frozen=True)
 
     endpoint: str | None = Field(None, description='URL of the server; as boto3 finds it by default')
-    region: str | None = Field(None, description='region; as boto3 finds it by default')
+    region: str | None = Field(None, description='region; as boto3 finds it by default, else us-east-1')
     access_key: SecretStr | None = Field(None, description='who asks; as boto3 finds it by default')
     secret_key: SecretStr | None = Field(None, description='what proves it')
     deadline_s: float = Field(120.0, gt=0, description='seconds after which a request that keeps failing is given up')
@@ -50,7 +50,7 @@ def s3_client(
         signature_version='s3v4', s3={'addressing_style': 'path'}, max_pool_connections=64, retries={'total_max_attempts': 1, 'mode': 'standard'},
         connect_timeout=min(settings.timeout_s, 5.0), read_timeout=settings.timeout_s,
         request_checksum_calculation='when_required', response_checksum_validation='when_required')
-    region = settings.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'
+    region = settings.region or os.environ.get('AWS_REGION') or boto3.Session().region_name or 'us-east-1'
     return boto3.client('s3', endpoint_url=settings.endpoint, region_name=region, config=config,
                         aws_access_key_id=secret(settings.access_key), aws_secret_access_key=secret(settings.secret_key))
 
@@ -107,6 +107,25 @@ def _explain(what: str, error: BaseException, seconds: float) -> HeimdallError:
     about_object = isinstance(error, _Damaged) or (isinstance(error, ClientError) and _code(error) in _ABSENT)
     return (HeimdallError if about_object else StoreUnreachable)(f'{what}: {reason}{tried}')
 
+
+def _connect(settings: S3Settings | None) -> tuple[S3Settings, Any]:
+    "Settings, from the environment where there are none, and their client; `HeimdallError` where they cannot be right."
+    from botocore.exceptions import BotoCoreError, PartialCredentialsError, ProfileNotFound
+
+    try:
+        settings = settings or S3Settings()
+        return settings, s3_client(settings)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        reason = f'HEIMDALL_S3_{str(wrong["loc"][0]).upper()} in the environment: {wrong["msg"]}'
+    except PartialCredentialsError:
+        reason = 'an access key without its secret key, or the other way round: set both, or neither'
+    except ProfileNotFound:
+        reason = 'there is no such profile: correct AWS_PROFILE, or unset it'
+    except (BotoCoreError, ValueError) as error:
+        reason = f'check the endpoint (http://… or https://…), the region and the profile in the environment ({type(error).__name__})'
+    raise HeimdallError(f'cannot ask an S3 server: {reason}')
+
 # %% ../nbs/12_object_store.ipynb #35552c65
 PART = 2**24  # bytes, of an object that travels in one piece, and of the parts of a larger one
 PIECE = 2**13  # bytes, after which a body that comes slowly meets the deadline; up to a megabyte where it comes fast
@@ -125,8 +144,7 @@ class S3Store(Store):
     ):
         self.bucket, self.prefix = _bucket_and_key(uri)
         self.prefix = f'{checked_key(self.prefix.rstrip("/"))}/' if self.prefix.strip('/') else ''
-        self.settings = settings or S3Settings()
-        self.client = s3_client(self.settings)
+        self.settings, self.client = _connect(settings)
 
     @property
     def root(self) -> str:

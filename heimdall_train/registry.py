@@ -389,9 +389,7 @@ class Registry:
             self._tag(candidate.number, 'gate', str(comparison))
             if not comparison.passed:
                 self._tag(candidate.number, 'forced', str(force).strip())
-            before = self._champions()
-            by_hand = [champion.number] if champion and before[-1:] != [champion.number] else []
-            self._crown([*before, *by_hand, candidate.number])
+            self._crown([*self._champions(), candidate.number])
         return comparison
 
     def rollback(self) -> tuple[int, int]:  # the version that was the champion, and the one that is now
@@ -406,8 +404,11 @@ class Registry:
         return present, before[-1]
 
     def _champions(self) -> list[int]:
-        "All champions so far, in order, as far as they have not been rolled back."
-        return json.loads(self.client.get_registered_model(self.name).tags.get(CHAMPIONS, '[]'))
+        "All champions so far, in order, as far as they have not been rolled back; the present one last, also where it was set by hand in MLflow."
+        model = self.client.get_registered_model(self.name)
+        champions = json.loads(model.tags.get(CHAMPIONS, '[]'))
+        present = [int(model.aliases[CHAMPION])] if CHAMPION in model.aliases else []
+        return champions if champions[-1:] == present else champions + present
 
     def _crown(self, champions: list[int]) -> None:
         "The last of these becomes the champion."

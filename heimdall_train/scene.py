@@ -151,7 +151,7 @@ def _number(value: Any, kind: type, where: str) -> float | int | bool:
         number = kind(value)
         if isinstance(value, bool) is (kind is bool) and (kind is float or number == value and number >= 0) and math.isfinite(number):
             return number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise HeimdallError(f'{where} is not {"a number" if kind is float else "true or false" if kind is bool else "a whole number of 0 or more"}: {value!r}')
 

@@ -10,6 +10,7 @@ __all__ = ['SECRET_NAME', 'SECRET_VALUE', 'Range', 'Sweep', 'read_sweep', 'point
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -106,6 +107,19 @@ def run_notebook_path(
     return path
 
 
+def _figure(sweep: Sweep, folder: Path) -> float:
+    "Of a finished training: what points are ranked by."
+    record = json.loads((folder / 'metrics.json').read_text())['training']
+    figure: Any = record
+    for name in sweep.minimise.split('.'):
+        if not isinstance(figure, dict) or name not in figure:
+            raise HeimdallError(f'minimise {sweep.minimise}: no such figure in {folder / "metrics.json"}: known are {", ".join(record)}')
+        figure = figure[name]
+    if not isinstance(figure, int | float) or not math.isfinite(figure):
+        raise HeimdallError(f'minimise {sweep.minimise}: not a number in {folder / "metrics.json"}: see its train.ipynb, or name another figure')
+    return float(figure)
+
+
 def run_point(
     sweep: Sweep,  # figure and notebook
     parameters: dict[str, Any],  # of the point
@@ -118,7 +132,7 @@ def run_point(
 
     folder = out / point_name(parameters)
     if (folder / 'point.json').exists():
-        return json.loads((folder / 'point.json').read_text())
+        return {**json.loads((folder / 'point.json').read_text()), 'figure': _figure(sweep, folder)}
     run = {**parameters, 'out': str(folder), 'tracking': tracking}
     if (folder / 'config.yaml').exists():  # it was stopped on the way
         run['resume'] = True
@@ -128,18 +142,13 @@ def run_point(
         papermill.execute_notebook(str(run_notebook_path(sweep)), str(notebook), run, progress_bar=False, cwd=str(Path.cwd()))
     except papermill.PapermillExecutionError as error:
         raise HeimdallError(f'point {parameters}: {error.ename}: {" ".join(str(error.evalue).split())[:200]}: see {notebook}') from None
-    record = json.loads((folder / 'metrics.json').read_text())['training']
-    figure: Any = record
-    for name in sweep.minimise.split('.'):
-        if not isinstance(figure, dict) or name not in figure:
-            raise HeimdallError(f'minimise {sweep.minimise}: no such figure in {folder / "metrics.json"}: known are {", ".join(record)}')
-        figure = figure[name]
-    with tracked_run(tracking, folder, run_id=record['mlflow_run_id']) as tracked:
+    figure, run_id = _figure(sweep, folder), json.loads((folder / 'metrics.json').read_text())['training']['mlflow_run_id']
+    with tracked_run(tracking, folder, run_id=run_id) as tracked:
         tracked.client.set_tag(tracked.run_id, 'mlflow.parentRunId', parent)
         tracked.log_artifact(notebook)
-    point = {'parameters': parameters, 'figure': float(figure), 'folder': str(folder), 'mlflow_run_id': record['mlflow_run_id']}
+    point = {'parameters': parameters, 'folder': str(folder), 'mlflow_run_id': run_id}
     write_file(folder / 'point.json', json.dumps(point).encode())
-    return point
+    return {**point, 'figure': figure}
 
 # %% ../nbs/94_sweep.ipynb #9afbdccf
 def run_sweep(
@@ -152,6 +161,7 @@ def run_sweep(
     run_notebook_path(sweep)
     tracking, points, failures = config.tracking or default_tracking_uri(config.out / 'sweep'), [], []
     config.out.mkdir(parents=True, exist_ok=True)
+    study = _open_study(sweep, config.out) if sweep.search is not None else None
     kept = config.out / 'sweep.json'
     run_id = json.loads(kept.read_text())['mlflow_run_id'] if kept.exists() else None
     with tracked_run(tracking, config.out, {'sweep': 'grid' if sweep.grid is not None else 'search'}, run_id, say) as parent:
@@ -173,7 +183,7 @@ def run_sweep(
             for number, values in enumerate(grid):
                 at({**sweep.parameters, **values}, number + 1, len(grid))
         else:
-            _search(sweep, config.out, at)
+            _search(sweep, study, at)
         points.sort(key=lambda point: point['figure'])
         if points:
             parent.log_metrics({'lowest': points[0]['figure'], 'points': len(points)})
@@ -182,17 +192,33 @@ def run_sweep(
     return points
 
 
-def _search(sweep: Sweep, out: Path, at: Callable[[dict[str, Any], int, int], float | None]) -> None:
-    "Ask Optuna where to look, and tell it what was found."
+def _open_study(sweep: Sweep, out: Path) -> Any:  # optuna.Study
+    "Optuna's memory of a search; `HeimdallError` where its figures are not those of this one."
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(storage=f'sqlite:///{out / "optuna.db"}', study_name='sweep', load_if_exists=True)
+    figures = json.dumps({'minimise': sweep.minimise, 'parameters': sweep.parameters}, sort_keys=True, default=str)
+    known = study.user_attrs.get('figures', figures)
+    if known != figures:
+        raise HeimdallError(f'{out / "optuna.db"}: this search was begun with {known}: leave minimise and parameters as they were, or choose another folder')
+    study.set_user_attr('figures', figures)
+    return study
+
+
+def _search(sweep: Sweep, study: Any, at: Callable[[dict[str, Any], int, int], float | None]) -> None:
+    "Look at what is finished, ask Optuna where to look next, and tell it what was found."
+    import optuna
+
     distributions = {name: each.distribution() for name, each in (sweep.search or {}).items()}
     states = optuna.trial.TrialState
+    failed: set[int] = set()
+    finished = study.get_trials(deepcopy=False, states=(states.COMPLETE,))
+    for number, trial in enumerate(finished):
+        at({**sweep.parameters, **trial.params}, number + 1, max(sweep.trials, len(finished)))
     while True:
-        begun = study.get_trials(deepcopy=False, states=(states.RUNNING,))
-        done = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL)))
+        begun = [trial for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)) if trial.number not in failed]
+        done = len(study.get_trials(deepcopy=False, states=(states.COMPLETE,))) + len(failed)
         if begun:
             number, values = begun[0].number, begun[0].params
         elif done < sweep.trials:
@@ -201,5 +227,8 @@ def _search(sweep: Sweep, out: Path, at: Callable[[dict[str, Any], int, int], fl
             number, values = trial.number, trial.params
         else:
             return
-        figure = at({**sweep.parameters, **values}, done + 1, sweep.trials)
-        study.tell(number, figure, state=states.COMPLETE if figure is not None else states.FAIL)
+        figure = at({**sweep.parameters, **values}, done + 1, max(sweep.trials, done + 1))
+        if figure is None:
+            failed.add(number)  # stays open
+        else:
+            study.tell(number, figure)

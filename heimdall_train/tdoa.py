@@ -57,7 +57,7 @@ def delay_variance(
     "Variance of each receiver's time of arrival."
     snr = snr.double()
     inverse = torch.exp(snr * snr.new_tensor(-math.log(10) / 10))
-    strongest = torch.where(timed > 0, inverse, torch.ones_like(inverse)).amin(dim=1, keepdim=True)
+    strongest = torch.where(timed > 0, inverse, torch.full_like(inverse, 1e3)).amin(dim=1, keepdim=True)
     return thermal * inverse * (1 + strongest) + clock**2
 
 # %% ../nbs/46_tdoa.ipynb #7ff568fa
@@ -72,7 +72,7 @@ class ExcessKriging:
 
 @dataclass(frozen=True)
 class ExcessMaps:
-    "Excess path of R receivers on a regular grid, bilinear in between and constant outside; the next notebook has levels in dB in their place."
+    "Excess path of R receivers on a regular grid, bilinear in between, constant outside; the next notebook has levels in dB in their place."
 
     origin: np.ndarray  # metres east and north of the first grid point, shape (2,)
     pitch: float  # metres between grid points
@@ -207,7 +207,7 @@ class SurveyedArea(nn.Module):
         self,
         position: torch.Tensor,  # metres east and north, shape (…, 2)
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # mean (…, R), its slope (…, R, 2), deviation (…, R)
-        "The maps at a position, bilinear; constant outside."
+        "The maps at a position, bilinear; outside the values and slopes of the rim."
         receivers, columns = len(self.receivers), self.maps.shape[2]
         place = torch.minimum(((position - self.origin) / self.pitch).clamp(min=0), self.last)
         cell = torch.minimum(place.floor(), self.last - 1)

@@ -28,15 +28,15 @@ def voice(time: np.ndarray) -> np.ndarray:
     return 0.5 * np.exp(1j * (2 * np.pi * 300 * time + 0.6 * np.sin(2 * np.pi * 700 * time) + 0.4 * np.sin(2 * np.pi * 1100 * time + 1)))
 
 
-def write_wav(path: Path, rate: float, begin: float, count: int, delay: float, kiwi: bool = True, nominal: int = 12_000) -> None:
-    "16-bit I/Q from begin seconds after START; with a KiwiSDR's stamps where asked for."
+def write_wav(path: Path, rate: float, begin: float, count: int, delay: float, kiwi: bool = True, nominal: int = 12_000, age: int = 1) -> None:
+    "16-bit I/Q from begin seconds after START; with a KiwiSDR's stamps where asked for, age seconds after its last GNSS solution."
     body = b'WAVE' + struct.pack('<4sIHHIIHH', b'fmt ', 16, 1, 2, nominal, 4 * nominal, 4, 16)
     week = (START - GPS_EPOCH).total_seconds() + GPS_AHEAD
     for first in range(0, count, 512 if kiwi else count):
         index = np.arange(first, min(first + 512, count) if kiwi else count)
         if kiwi:
             at = begin + first / rate  # after START, whose GPS second is whole
-            body += struct.pack('<4sIBBII', b'kiwi', 10, 1, 0, int((week + np.floor(at)) % WEEK), round(at % 1 * 1e9) % 10**9)
+            body += struct.pack('<4sIBBII', b'kiwi', 10, age, 0, int((week + np.floor(at)) % WEEK), round(at % 1 * 1e9) % 10**9)
         samples = (voice(begin + index / rate - delay) * 32_767).astype(np.complex64).view(np.float32).round().astype('<i2').tobytes()
         body += struct.pack('<4sI', b'data', len(samples)) + samples
     path.write_bytes(struct.pack('<4sI', b'RIFF', len(body)) + body)
@@ -89,6 +89,17 @@ def test_every_format_ends_on_one_time_axis(campaign: Path, tmp_path: Path):
     assert (again.sessions, again.unchanged) == (0, 1)
     _, (looked,), _ = read_recordings(campaign, NETWORK)
     assert [recording.iq is None for recording in looked.recordings] == [True, False, False, False, False]
+
+
+def test_what_stamps_say_of_the_clock_outweighs_the_manifest(campaign: Path):
+    "A delay of the cable in clock_error_s does not make a KiwiSDR without GNSS fixes a clock; a file that says nothing has the manifest's."
+    lines = (campaign / 'recordings.csv').read_text().replace('0.25,,', '0.25,5e-8,')
+    (campaign / 'recordings.csv').write_text(lines)
+    for age, believed in [(1, 5e-8), (255, None)]:
+        write_wav(campaign / 'tower.wav', 12_000 * (1 + 90e-6), -1.2345678, 40_000, DELAYS['tower'], age=age)
+        _, (session,), rejects = read_recordings(campaign, NETWORK)
+        assert not rejects
+        assert [recording.clock_error_s for recording in session.recordings] == [0.0, 2e-8, 0.0, believed, 5e-8]
 
 
 @pytest.mark.parametrize('rate', [12_001.0, 20_833.25, 48_000.0, 250_000.0])

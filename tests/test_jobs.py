@@ -37,6 +37,7 @@ from heimdall_train.jobs import (
     RedisJobs,
     ServiceSettings,
     SqliteJobs,
+    StoreAway,
     celery_app,
     claimed,
     ended,
@@ -382,6 +383,12 @@ def test_both_stores_are_the_same_to_jobs(store: JobStore):
         store.change(job.id, lambda each: ended(each, each.owner, 'succeeded', {'mean_m': 1.5}))
     assert store.unfinished() == [] and store.get(jobs[0].id).result == {'mean_m': 1.5}
     assert store.get('nobody') is None and store.change('nobody', lambda each: each) is None
+
+
+def test_a_password_in_the_query_is_not_said():
+    with pytest.raises(StoreAway, match=r'Redis at 127.0.0.1:9/0 does not answer') as caught:
+        RedisJobs('redis://127.0.0.1:9/0?password=can@ary').now()
+    assert 'ary' not in str(caught.value)
 
 
 def test_wrong_passwords_are_said_in_one_line(rabbit: RabbitServer, redis: RedisServer, where: dict[str, str], tmp_path: Path):

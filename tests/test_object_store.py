@@ -143,6 +143,45 @@ def test_settings_come_from_the_environment(s3: str, monkeypatch: pytest.MonkeyP
     fails(lambda: open_store(store.root).read('test.txt'), 'does not know this access key')
 
 
+def test_the_region_is_found_as_boto3_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "Ours, the environment's, the profile's, and us-east-1."
+    for name in ('HEIMDALL_S3_REGION', 'AWS_REGION', 'AWS_DEFAULT_REGION', 'AWS_PROFILE'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('AWS_CONFIG_FILE', str(tmp_path / 'config'))
+    keys = {'access_key': ACCESS_KEY, 'secret_key': SECRET_KEY}
+
+    def region() -> str:
+        return S3Store('s3://heimdall-raw-iq', S3Settings(**keys)).client.meta.region_name
+
+    assert region() == 'us-east-1'
+    (tmp_path / 'config').write_text('[default]\nregion = eu-south-1\n')
+    assert region() == 'eu-south-1'
+    for name, value in (('AWS_DEFAULT_REGION', 'eu-west-1'), ('AWS_REGION', 'eu-west-2'), ('HEIMDALL_S3_REGION', 'eu-west-3')):
+        monkeypatch.setenv(name, value)
+        assert region() == value
+
+
+@pytest.mark.parametrize(('variables', 'words'), [
+    ({'HEIMDALL_S3_ACCESS_KEY': ACCESS_KEY}, 'an access key without its secret key'),
+    ({'HEIMDALL_S3_SECRET_KEY': SECRET_KEY}, 'an access key without its secret key'),
+    ({'HEIMDALL_S3_ENDPOINT': 'localhost:9000'}, 'check the endpoint'),
+    ({'HEIMDALL_S3_ENDPOINT': f'http://someone:{SECRET_KEY}@'}, 'check the endpoint'),
+    ({'HEIMDALL_S3_REGION': 'eu south'}, 'check the endpoint (http://… or https://…), the region'),
+    ({'AWS_PROFILE': 'nope'}, 'there is no such profile'),
+    ({'HEIMDALL_S3_DEADLINE_S': 'abc'}, 'HEIMDALL_S3_DEADLINE_S in the environment: '),
+    ({'HEIMDALL_S3_TIMEOUT_S': '0'}, 'HEIMDALL_S3_TIMEOUT_S in the environment: '),
+])
+def test_settings_that_cannot_be_right_are_one_line(variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch):
+    import boto3
+
+    for name in ('HEIMDALL_S3_ACCESS_KEY', 'HEIMDALL_S3_SECRET_KEY', 'AWS_REGION', 'AWS_DEFAULT_REGION'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, 'DEFAULT_SESSION', None)  # which remembers the environment of the first client
+    fails(lambda: open_store('s3://heimdall-raw-iq'), 'cannot ask an S3 server: ', words)
+
+
 @pytest.mark.s3
 def test_what_cannot_pass_is_said_at_once(s3: str, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG)
