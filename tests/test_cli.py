@@ -349,8 +349,8 @@ def test_what_the_sums_cannot_see_is_refused(chain: Chain, tmp_path: Path):
     description, sample = (json.loads((chain.bundle / name).read_text()) for name in ('model.json', 'sample.json'))
     fail('model.json: format', 'verify', altered('model.json', json.dumps({**description, 'format': 2}).encode()))
     fail('receivers[0]', 'verify', altered('model.json', json.dumps({**description, 'receivers': [{'name': 'Torino'}]}).encode()))
-    sample['position_enu'][0][0] += 0.3
-    fail('answers its sample 0.30 m off', 'verify', altered('sample.json', json.dumps(sample).encode()))
+    sample['position_enu'][0][0] += 30
+    fail('answers its sample 30.00 m off', 'verify', altered('sample.json', json.dumps(sample).encode()))
     bundle = shutil.copytree(chain.bundle, tmp_path / 'outside')
     with (bundle / 'SHA256SUMS').open('a') as sums:
         sums.write(f'{"0" * 64}  ../table.csv\n')
