@@ -10,7 +10,7 @@ __all__ = ['OUTLIER_DEVIATION', 'CHANGED_SHARE', 'SILENT_SHARE', 'FLAT_MAP_SHAPE
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -69,8 +69,11 @@ class LevelData:
 
     @property
     def digest(self) -> str:  # hexadecimal sha256
-        "Digest of everything that training sees: the network, sessions, levels and positions."
-        digest = hashlib.sha256('\n'.join([json.dumps(self.network.to_dict(), sort_keys=True), *self.ids]).encode())
+        "Digest of everything that training sees: where the receivers stand, the zone, sessions, levels and positions."
+        network = self.network
+        places = [[each.name, each.latitude, each.longitude, each.altitude] for each in network.receivers]
+        watched = json.dumps([places, network.source_height, network.zone and asdict(network.zone)])
+        digest = hashlib.sha256('\n'.join([watched, *self.ids]).encode())
         for values in (np.where(np.isnan(self.levels), np.float32(np.nan), self.levels), self.latitude, self.longitude, self.source_error):
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()

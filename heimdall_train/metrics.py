@@ -146,9 +146,17 @@ def variance_scale(
     truth: np.ndarray,  # true positions of validation sessions, metres, shape (N, 2)
     estimate: np.ndarray,  # estimated positions, metres, shape (N, 2)
     covariance: np.ndarray,  # claimed covariances, square metres, shape (N, 2, 2)
+    source_error: np.ndarray | None = None,  # metres, standard deviation of the true positions as they are stated, shape (N,); exact by default
 ) -> float:  # s², the factor to multiply covariances by
-    "The scale of the covariances that maximises the Gaussian likelihood: half of the mean squared Mahalanobis distance."
-    return float(mahalanobis_squared(truth, estimate, covariance).mean() / 2)
+    "Half of the mean squared Mahalanobis distance, which maximises the Gaussian likelihood; from 0.01 to 10,000 where sources are not exact."
+    if source_error is None or not np.any(source_error):
+        return float(mahalanobis_squared(truth, estimate, covariance).mean() / 2)
+    of_sources = np.square(source_error)[:, None, None] * np.eye(2)
+    low, high = 1e-2, 1e4
+    for _ in range(60):  # the mean falls as the scale grows
+        scale = math.sqrt(low * high)
+        low, high = (scale, high) if mahalanobis_squared(truth, estimate, scale * covariance + of_sources).mean() > 2 else (low, scale)
+    return scale
 
 # %% ../nbs/60_metrics.ipynb #34e2b5e6
 def evaluate_positions(

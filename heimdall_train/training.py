@@ -7,7 +7,6 @@ __all__ = ['SHOWN', 'Sessions', 'CrossFitted', 'MeanError', 'CountBatches', 'Kee
            'new_learner', 'fit', 'estimate', 'finish', 'agreement', 'typicality', 'promise']
 
 # %% ../nbs/70_training.ipynb #36a75758
-import math
 import random
 import tempfile
 import warnings
@@ -373,18 +372,13 @@ def finish(
     model: Model,  # trained; changed in place
     validation: LevelData,  # sessions that the weights have not seen
 ) -> Model:  # the same model
-    "Round the weights to half precision and fit the variance scale, from a hundredth to ten thousand."
+    "Round the weights to half precision and fit the variance scale."
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.half().float())
     model.variance_scale.fill_(1.0)
     position, covariance, _, _ = estimate(model, validation)
-    truth, of_sources = validation.enu(model.frame), validation.source_error[:, None, None] ** 2 * np.eye(2)
-    low, high = 1e-2, 1e4
-    for _ in range(60):  # the mean falls as the scale grows
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if variance_scale(truth, position, middle * covariance + of_sources) > 1 else (low, middle)
-    model.variance_scale.fill_(middle)
+    model.variance_scale.fill_(variance_scale(validation.enu(model.frame), position, covariance, validation.source_error))
     return model
 
 # %% ../nbs/70_training.ipynb #75ac322f
