@@ -400,10 +400,9 @@ class TdoaAnchor(SurveyedArea):
         measured, left_out = (arrival, variance, timed), torch.eye(timed.shape[1], dtype=timed.dtype, device=timed.device)[:, None]
         start, emission, posterior = self.start(*measured)
         solutions = self.iterate(*measured, start, emission, self.from_start, torch.ones_like(timed))
-        position, emission = self.likeliest(*measured, *solutions)
-        each = position + torch.zeros_like(left_out[..., :1]), emission + torch.zeros_like(left_out[..., 0])
-        others = self.iterate(*measured, *each, self.leaving_out, 1 - left_out + zero)
-        position, emission = self.likeliest(*measured, torch.cat([position[None], others[0]]), torch.cat([emission[None], others[1]]))
+        each = [solution.repeat_interleave(timed.shape[1], dim=0) for solution in solutions]
+        others = self.iterate(*measured, *each, self.leaving_out, (1 - left_out + zero).repeat(STARTS, 1, 1))
+        position, emission = self.likeliest(*measured, *(torch.cat(both) for both in zip(solutions, others, strict=True)))
         enough = timed.sum(dim=1) >= 3
         centre = posterior @ self.grid
         position = torch.where(enough[:, None], position, centre)

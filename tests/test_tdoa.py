@@ -198,6 +198,31 @@ def test_a_clock_that_has_slipped_hardly_moves_the_fix():
     assert moved.median() < 5 and (moved > 500).double().mean() < 0.03
 
 
+def test_the_right_valley_is_found_from_either_start():
+    "Over the whole network two valleys explain a session; with the slipped receiver left out from the right one nothing is likelier than the fix."
+    half, rows = 5 * ZONE, torch.arange(600)
+    generator, (places, delay, snr, timed) = np.random.default_rng(3), draw(3, len(rows), half=half)
+    wrong = torch.from_numpy(generator.integers(0, 7, len(rows)))
+    delay[rows, wrong] += timed[rows, wrong] * 10 ** generator.uniform(-6, -4, len(rows)) * generator.choice([-1, 1], len(rows))
+    anchor = TdoaAnchor(RECEIVERS, constant_maps([-half] * 2, [half] * 2, 7))
+    fix, (arrival, strength, clocks, truth) = run(anchor, delay, snr, timed), tensors(delay * SPEED_OF_LIGHT, snr, timed.astype(np.float64), places)
+    variance = delay_variance(strength, clocks, *anchor.constants[1:3]) * SPEED_OF_LIGHT**2 + anchor.constants[3] ** 2
+    kept = torch.ones_like(clocks)
+    kept[rows, wrong] = 0.0
+
+    def best_time(place: torch.Tensor) -> torch.Tensor:
+        direct = (arrival - anchor.geometry(place)[0]) * kept
+        return direct.sum(dim=1) / (clocks * kept).sum(dim=1)
+
+    with torch.inference_mode():
+        solution = anchor.iterate(arrival, variance, clocks, truth[None], best_time(truth)[None], anchor.leaving_out, kept)
+        first = clocks.argmax(dim=1, keepdim=True)
+        time = (arrival - anchor.geometry(fix.position)[0] - fix.residual).gather(1, first)[:, 0]
+        solutions = (fix.position, time), (solution[0][0], solution[1][0])
+        found, there = (anchor.linearise(arrival, variance, clocks, *each).unlikeliness for each in solutions)
+    assert (found <= there + 1e-3).all()
+
+
 def test_maps_learn_the_detours_and_a_gift_of_a_common_offset_changes_nothing():
     places, delay, snr, timed = draw(3, 900, excess=True)
     new, new_delay, new_snr, new_timed = draw(4, 300, excess=True)
