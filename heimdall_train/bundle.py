@@ -501,4 +501,4 @@ def _model_signing(part: str):
     try:
         return import_module(f'model_signing.{part}')
     except ImportError as error:
-        raise HeimdallError("signatures need the package model-signing: pip install 'heimdall-train[sign]'") from error
+        raise HeimdallError("signatures need the package model-signing: pip install '.[sign]' in the checkout of heimdall-train") from error

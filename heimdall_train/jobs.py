@@ -423,7 +423,7 @@ def extra() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise HeimdallError(f'{error.name} is not installed: pip install heimdall-train[jobs]') from error
+        raise HeimdallError(f"{error.name} is not installed: pip install '.[jobs]' in the checkout of heimdall-train") from error
 
 # %% ../nbs/92_jobs.ipynb #b5c48f2b
 def train_here(

@@ -31,7 +31,7 @@ def check_lightning() -> str:  # the version
             found = version(name)
         except PackageNotFoundError:
             if name == 'lightning':
-                raise HeimdallError('lightning is not installed: pip install heimdall-train[lightning]') from None
+                raise HeimdallError("lightning is not installed: pip install '.[lightning]' in the checkout of heimdall-train") from None
             continue
         if found in COMPROMISED:
             raise HeimdallError(f'{name} {found} is a compromised release: remove it, change every secret this machine has seen, install {PINNED}')

@@ -327,8 +327,8 @@ def test_signatures_without_the_extra_are_one_line(chain: Chain, tmp_path: Path,
     for name in [name for name in sys.modules if name.startswith('model_signing')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'model_signing', None)
-    fail("pip install 'heimdall-train[sign]'", 'verify', chain.bundle, '--key', tmp_path / 'public.pem')
-    fail("pip install 'heimdall-train[sign]'", 'sign', chain.bundle, '--key', tmp_path / 'private.pem')
+    fail("pip install '.[sign]'", 'verify', chain.bundle, '--key', tmp_path / 'public.pem')
+    fail("pip install '.[sign]'", 'sign', chain.bundle, '--key', tmp_path / 'private.pem')
 
 
 @pytest.mark.fault
