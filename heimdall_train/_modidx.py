@@ -1839,6 +1839,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'heimdall_train.training.promise': ('training.html#promise', 'heimdall_train/training.py'),
                                          'heimdall_train.training.seed_everything': ( 'training.html#seed_everything',
                                                                                       'heimdall_train/training.py'),
+                                         'heimdall_train.training.settle': ('training.html#settle', 'heimdall_train/training.py'),
                                          'heimdall_train.training.typicality': ('training.html#typicality', 'heimdall_train/training.py')},
             'heimdall_train.typicality': { 'heimdall_train.typicality.Typicality': ( 'typicality.html#typicality',
                                                                                      'heimdall_train/typicality.py'),

@@ -400,8 +400,8 @@ class TdoaAnchor(SurveyedArea):
         measured, left_out = (arrival, variance, timed), torch.eye(timed.shape[1], dtype=timed.dtype, device=timed.device)[:, None]
         start, emission, posterior = self.start(*measured)
         solutions = self.iterate(*measured, start, emission, self.from_start, torch.ones_like(timed))
-        each = [solution.repeat_interleave(timed.shape[1], dim=0) for solution in solutions]
-        others = self.iterate(*measured, *each, self.leaving_out, (1 - left_out + zero).repeat(STARTS, 1, 1))
+        each_start, each_emission = (solution.repeat_interleave(timed.shape[1], dim=0) for solution in solutions)
+        others = self.iterate(*measured, each_start, each_emission, self.leaving_out, (1 - left_out + zero).repeat(STARTS, 1, 1))
         position, emission = self.likeliest(*measured, *(torch.cat(both) for both in zip(solutions, others, strict=True)))
         enough = timed.sum(dim=1) >= 3
         centre = posterior @ self.grid

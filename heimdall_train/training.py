@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'Sessions', 'CrossFitted', 'MeanError', 'CountBatches', 'KeepBest', 'SessionLearner', 'seed_everything',
-           'new_learner', 'fit', 'estimate', 'finish', 'agreement', 'typicality', 'promise']
+           'new_learner', 'estimate', 'settle', 'fit', 'finish', 'agreement', 'typicality', 'promise']
 
 # %% ../nbs/70_training.ipynb #36a75758
+import math
 import random
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ from .display import counted, plain, plot_positions
 from .distributed import AverageGradients, gathered, leads, share, share_layers, together, wait_for_all
 from .features import LevelData
 from .loss import gaussian_nll
+from .metrics import gaussian_nll as nll_of_sessions
 from .metrics import mahalanobis_squared, variance_scale
 from .model_files import Model, load_model, save_model
 from .network import HeimdallError
@@ -327,29 +329,6 @@ def new_learner(
     return learner
 
 
-def fit(
-    learner: Learner,  # from `new_learner`
-    epochs: int,  # that the cycle spans exactly
-    folder: str | Path,  # where the best state is kept
-    learning_rate: float = 1e-3,  # highest of the cycle
-    patience: int = 10,  # epochs without a better validation loss
-    callbacks: list[Callback] | None = None,  # further ones, such as a `Checkpoint`
-    progress: Callable[[int, dict], None] | None = None,  # called with each epoch's number and values
-) -> Model:  # the best state, not yet calibrated
-    "Train over one cycle and return the best state."
-    best = Path(folder) / 'best.safetensors'
-    keep = KeepBest(best, patience, progress)
-    with learner.no_bar(), learner.no_logging():
-        try:
-            learner.fit_one_cycle(epochs, learning_rate, cbs=[keep, *(callbacks or [])])
-        except HeimdallError as error:
-            raise HeimdallError(str(error).rpartition('\n\t')[2]) from error  # fastai writes the callback's name before it
-    if keep.best_epoch < 0:
-        raise HeimdallError('no epoch ended with a finite validation loss: lower the learning rate')
-    wait_for_all()
-    return load_model(best)
-
-# %% ../nbs/70_training.ipynb #b9c0684d
 def estimate(
     model: Model,  # the model
     data: LevelData,  # the sessions
@@ -368,6 +347,46 @@ def estimate(
     return position, covariance, anchor_position, anchor_covariance
 
 
+def settle(
+    learner: Learner,  # after the last epoch of its cycle
+    best: Path,  # of the safetensors file with the state of the lowest validation loss
+) -> None:
+    "Let the last epoch's state take the file's place, unless it is worse by more than two standard errors of the difference over the validation sessions."
+    last, validation = learner.model.model, learner.dls.valid.dataset.data
+    truth, of_sources = validation.enu(last.frame), np.square(validation.source_error)[:, None, None] * np.eye(2)
+    answers = [estimate(model, validation) for model in (load_model(best), last)]
+    losses = [nll_of_sessions(truth, position, covariance + of_sources) for position, covariance, _, _ in answers]
+    worse = losses[1] - losses[0]
+    if worse.mean() <= 2 * worse.std(ddof=1) / math.sqrt(len(worse)):
+        values = zip(('train_loss', 'validation_loss', 'mean_error_m'), (float(value) for value in learner.recorder.values[-1]), strict=True)
+        save_model(last, best, {'epoch': len(learner.recorder.values) - 1, **dict(values)})
+
+
+def fit(
+    learner: Learner,  # from `new_learner`
+    epochs: int,  # that the cycle spans exactly
+    folder: str | Path,  # where the state is kept
+    learning_rate: float = 1e-3,  # highest of the cycle
+    patience: int = 10,  # epochs without a better validation loss
+    callbacks: list[Callback] | None = None,  # further ones, such as a `Checkpoint`
+    progress: Callable[[int, dict], None] | None = None,  # called with each epoch's number and values
+) -> Model:  # the state that is kept, not yet calibrated
+    "Train over one cycle and return the last state, or that of the lowest validation loss where chance does not explain by how much it is lower."
+    best = Path(folder) / 'best.safetensors'
+    keep = KeepBest(best, patience, progress)
+    with learner.no_bar(), learner.no_logging():
+        try:
+            learner.fit_one_cycle(epochs, learning_rate, cbs=[keep, *(callbacks or [])])
+        except HeimdallError as error:
+            raise HeimdallError(str(error).rpartition('\n\t')[2]) from error  # fastai writes the callback's name before it
+    if keep.best_epoch < 0:
+        raise HeimdallError('no epoch ended with a finite validation loss: lower the learning rate')
+    if leads() and len(learner.recorder.values) == epochs > keep.best_epoch + 1:
+        settle(learner, best)
+    wait_for_all()
+    return load_model(best)
+
+# %% ../nbs/70_training.ipynb #b9c0684d
 def finish(
     model: Model,  # trained; changed in place
     validation: LevelData,  # sessions that the weights have not seen
