@@ -4,10 +4,11 @@ Claim: on `grid_test` (whole cells of the area held out) the model's mean error 
 10 % below the best of tuned kNN and ExtraTrees, and its 90 % ellipse covers 85 to 95 %; on `april` (another month, a third of the receivers)
 its mean is below 350 m.
 
-    python benchmarks/powder.py [SPLIT …] --seeds 3 --first-seed 0 --out DIR
+    python benchmarks/powder.py [SPLIT …] --seeds 3 --first-seed 0 --out DIR [--validation random]
 
 The data are not part of this repository: put them under $HEIMDALL_DATA/powder_frs (Zenodo 10.5281/zenodo.7259895). Validation is 15 % of the
-training sessions in blocks of 200 m, drawn by seed; every choice is made on it; the test sessions are read once a seed. `april` is trained with a
+training sessions in blocks of 200 m, drawn by seed (with `--validation random` by position, as the test sessions of `random_test` are); every choice
+is made on it; the test sessions are read once a seed. `april` is trained with a
 gain drift of 4 dB, since its receivers are those of another campaign. A run that is interrupted goes on where it stopped.
 """
 
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from heimdall_train.metrics import Evaluation, pool_coverage
 from heimdall_train.pipeline import evaluate, ingest, make_config, train
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument('--first-seed', type=int, default=0)
     parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--validation', choices=('blocks', 'random'), default='blocks')
     parser.add_argument('--out', type=Path, default=Path('runs/powder'))
     options = parser.parse_args()
     data = Path(os.environ.get('HEIMDALL_DATA', Path(__file__).resolve().parents[2] / 'shared' / 'data')) / 'powder_frs'
@@ -50,13 +53,30 @@ def main() -> None:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         runs = [run(split, seed, data, catalog, options) for seed in seeds]
         summary = summarise(split, list(seeds), runs, options)
-        (options.out / f'{split}.json').write_text(json.dumps(summary, indent=1) + '\n')
+        (options.out / f'{name_of(split, options)}.json').write_text(json.dumps(summary, indent=1) + '\n')
         print(markdown(summary), flush=True)
+
+
+def name_of(split: str, options: argparse.Namespace) -> str:
+    """Of the split, and of how validation is drawn where not in blocks."""
+    return split if options.validation == 'blocks' else f'{split}_{options.validation}_validation'
+
+
+def drawn(split: str, seed: int, data: Path, path: Path) -> Path:
+    """A file with the sessions at 15 % of the training positions, drawn one by one."""
+    test = set((data / 'splits' / f'{split}.txt').read_text().split())
+    table = pd.read_csv(data / 'levels.csv', usecols=['session_id', 'lat', 'lon'], dtype={'session_id': str})
+    table = table[~table.session_id.isin(test)]
+    position = table.groupby(['lat', 'lon']).ngroup().to_numpy()
+    chosen = np.random.default_rng(seed).permutation(position.max() + 1)[: round(0.15 * (position.max() + 1))]
+    path.write_text('\n'.join(table.session_id[np.isin(position, chosen)]) + '\n')
+    return path
 
 
 def run(split: str, seed: int, data: Path, catalog: Path, options: argparse.Namespace) -> dict:
     """Metrics of one run; one that is finished is read, not repeated."""
-    folder = options.out / f'{split}-{seed}'
+    folder = options.out / f'{name_of(split, options)}-{seed}'
+    validation = None if options.validation == 'blocks' else drawn(split, seed, data, folder.with_suffix('.validation.txt'))
     config = make_config(
         catalog=str(catalog),
         out=folder,
@@ -64,6 +84,7 @@ def run(split: str, seed: int, data: Path, catalog: Path, options: argparse.Name
         epochs=options.epochs,
         batch_size=options.batch_size,
         test_sessions=data / 'splits' / f'{split}.txt',
+        validation_sessions=validation,
         gain_drift=GAIN_DRIFT.get(split, 0.0),
     )
     finished = folder / 'metrics.json'
@@ -90,6 +111,7 @@ def summarise(split: str, seeds: list[int], runs: list[dict], options: argparse.
     return {
         'benchmark': 'powder_frs',
         'split': split,
+        'validation_drawn': options.validation,
         'n': evaluations[0].n,
         'seeds': seeds,
         'epochs': options.epochs,
