@@ -12,10 +12,11 @@ each and compute the features of that half; they train together by torchrun at t
 What is measured and what is not: sizes up to --part are simulated, computed and trained as a whole, and powers are fitted to these alone. A larger
 size is simulated and computed in parts of that many sessions, in catalogs of their own, whose recordings and features are deleted before the next
 part begins: its time is that of all its parts, or of those that have been run times how many there are of them, and says nothing about what one
-catalog of that size would add. It is not trained: that is drawn on from the fit.
+catalog of that size would add. It is trained as a whole, by one worker, from features whose recordings are never on the disk.
 
-Disk: 1.1 MB for each session of --part, 11 GB at the default. Time on two idle cores, estimated from the rates in simulation.json, features.json and
-loading.json: half an hour to an hour for the wholes, then a quarter of an hour for each of the ten parts of 10⁵ (with one worker and with two).
+Disk: 1.1 MB for each session of --part, 11 GB at the default, or 0.17 MB for each of the largest size, 17 GB. Time on two idle cores, estimated from
+the rates in simulation.json, features.json and loading.json: half an hour to an hour for the wholes, then a quarter of an hour for each of the ten
+parts of 10⁵ (with one worker and with two), and an hour for its training.
 Stopped or killed, the same command goes on: the file holds every piece that is finished, the small ones come first, and what the pieces so far say
 is in it at any time.
 """
@@ -125,16 +126,19 @@ def wanted(sizes: list[int], workers: list[int], part: int) -> list[dict]:
     """The pieces, the small ones first."""
     whole = [count for count in sorted(sizes) if count <= part]
     pieces = [{'what': what, 'sessions': count, 'workers': number, 'part': 0} for count in whole for what in ('recorded', 'trained') for number in workers]
-    return pieces + [{'what': 'recorded', 'sessions': count, 'workers': number, 'part': each}
-                     for count in sorted(sizes) if count > part for each in range(-(-count // part)) for number in workers]
+    large = [count for count in sorted(sizes) if count > part]
+    pieces += [{'what': 'recorded', 'sessions': count, 'workers': number, 'part': each}
+               for count in large for each in range(-(-count // part)) for number in workers]
+    return pieces + [{'what': 'trained', 'sessions': count, 'workers': 1, 'part': 0} for count in large]
 
 
 def rows_of(pieces: list[dict], part: int) -> list[dict]:
     """A row for each size and number of workers: its stages, drawn on to the whole where parts are missing."""
     rows = []
     for sessions, workers in sorted({(piece['sessions'], piece['workers']) for piece in pieces}):
-        parts, stages = -(-sessions // part), {}
+        stages = {}
         for stage in STAGES:
+            parts = 1 if stage == 'training' else -(-sessions // part)
             found = [piece['stages'][stage] for piece in pieces if (piece['sessions'], piece['workers']) == (sessions, workers) and stage in piece['stages']]
             if found:
                 share = parts / len(found)
@@ -212,7 +216,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.place) as folder:
         caches: dict[int, Path] = {}
         for number, piece in enumerate(missing):
-            place, count = Path(folder) / 'piece', min(piece['sessions'], options.part)
+            place = Path(folder) / 'piece'
+            count = piece['sessions'] if piece['what'] == 'trained' else min(piece['sessions'], options.part)
             place.mkdir()
             if piece['what'] == 'recorded':
                 stages = recorded(place, options.scene, count, piece['workers'], piece['part'])
