@@ -127,9 +127,9 @@ def wanted(sizes: list[int], workers: list[int], part: int) -> list[dict]:
     whole = [count for count in sorted(sizes) if count <= part]
     pieces = [{'what': what, 'sessions': count, 'workers': number, 'part': 0} for count in whole for what in ('recorded', 'trained') for number in workers]
     large = [count for count in sorted(sizes) if count > part]
-    pieces += [{'what': 'recorded', 'sessions': count, 'workers': number, 'part': each}
-               for count in large for each in range(-(-count // part)) for number in workers]
-    return pieces + [{'what': 'trained', 'sessions': count, 'workers': 1, 'part': 0} for count in large]
+    pieces += [{'what': 'trained', 'sessions': count, 'workers': 1, 'part': 0} for count in large]
+    return pieces + [{'what': 'recorded', 'sessions': count, 'workers': number, 'part': each}
+                     for count in large for each in range(-(-count // part)) for number in workers]
 
 
 def rows_of(pieces: list[dict], part: int) -> list[dict]:
