@@ -12,6 +12,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,7 @@ def settle(
     best: Path,  # of the safetensors file with the state of the lowest validation loss
 ) -> None:
     "Let the last epoch's state take the file's place, unless it is worse by more than two standard errors of the difference over the validation sessions."
-    last, validation = learner.model.model, learner.dls.valid.dataset.data
+    last, validation = deepcopy(learner.model.model).cpu(), learner.dls.valid.dataset.data
     truth, of_sources = validation.enu(last.frame), np.square(validation.source_error)[:, None, None] * np.eye(2)
     answers = [estimate(model, validation) for model in (load_model(best), last)]
     losses = [nll_of_sessions(truth, position, covariance + of_sources) for position, covariance, _, _ in answers]
