@@ -211,7 +211,7 @@ def test_the_right_valley_is_found_from_either_start():
     kept[rows, wrong] = 0.0
 
     def best_time(place: torch.Tensor) -> torch.Tensor:
-        direct = (arrival - anchor.geometry(place)[0]) * kept
+        direct = (arrival - anchor.geometry(place)[0]) * clocks * kept
         return direct.sum(dim=1) / (clocks * kept).sum(dim=1)
 
     with torch.inference_mode():
