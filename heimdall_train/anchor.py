@@ -34,7 +34,7 @@ def position_grid(
 ) -> np.ndarray:  # metres east and north, shape (G, 2)
     "Regular grid over the area that the positions come from: their bounding box, and as much more as it misses on average."
     low, high = positions.min(axis=0), positions.max(axis=0)
-    extra = np.maximum((high - low) / (len(positions) - 1), 1.0)
+    extra = np.maximum((high - low) / max(len(positions) - 1, 1), 1.0)
     low, high = low - extra, high + extra
     pitch = float(np.sqrt(np.prod(high - low) / cells))
     axes = [np.linspace(low[axis], high[axis], max(int(round((high[axis] - low[axis]) / pitch)) + 1, 2)) for axis in range(2)]

@@ -212,7 +212,8 @@ def _insert(connection: sa.Connection, table: sa.Table, rows: list[dict]) -> Non
 
 
 def _source_key(source: Source) -> uuid.UUID:
-    return _identifier('source', source.name, source.latitude, source.longitude, source.height, source.error_m)
+    numbers = (None if number is None else float(number) for number in (source.latitude, source.longitude, source.height, source.error_m))
+    return _identifier('source', source.name, *numbers)
 
 
 def _source_row(key: uuid.UUID, source: Source) -> dict:

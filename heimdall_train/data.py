@@ -26,6 +26,7 @@ import numpy as np
 
 from .catalog import Catalog
 from .config import Config, make_config
+from .database import CatalogUnreachable
 from heimdall_train.dataset import (
     MINIMUM_TIMED,
     SHARD,
@@ -116,7 +117,7 @@ def watch(
                 continue
             try:
                 yield path, MANIFESTS[path.name](path, config)
-            except StoreUnreachable as error:
+            except (StoreUnreachable, CatalogUnreachable) as error:
                 yield path, error
                 continue
             except HeimdallError as error:
@@ -316,7 +317,8 @@ def _features(config: Config, found: _Recorded, say: Callable[[str], None]) -> T
     data = cached_features(config.cache, found.key, found.network, lambda rows: found.sessions(rows, lines), found.total, counted(say, 'features', found.total),
                            report, lines, found.store)
     if found.store is not None and len(told) > MAX_REJECTED * found.recordings and not config.allow_rejects:
-        raise HeimdallError(f'{len(told)} of {found.recordings} recordings in the store {found.store.root} cannot be used: check them, or give --allow-rejects')
+        where = f'{len(told)} of {found.recordings} recordings in the store {found.store.root}'
+        raise HeimdallError(f'{where} cannot be used: check them, or train with --allow-rejects')
     return data
 
 
@@ -492,5 +494,8 @@ def graph_inputs(
     else:
         catalog = Catalog(config.catalog)
         read = with_samples(catalog.sessions(config.dataset, ids), open_store(config.store), lambda line: None)
-        sessions = [fitting(session, (data.sample_rate, data.samples), lambda line: None) for session in read]
+        by_id = {session.id: fitting(session, (data.sample_rate, data.samples), lambda line: None) for session in read}
+        if gone := [identifier for identifier in ids if identifier not in by_id]:
+            raise HeimdallError(f'session {gone[0]} is not in dataset {config.dataset} any more: train again')
+        sessions = [by_id[identifier] for identifier in ids]  # a catalog has an order of its own
     return recording_inputs(sessions, data.network)

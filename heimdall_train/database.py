@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'SCHEMA', 'SCHEMES', 'sqlite_path', 'SQLiteDatabase', 'DatabaseSettings', 'is_server', 'postgres_url',
-           'PostgresDatabase', 'open_database']
+           'CatalogUnreachable', 'PostgresDatabase', 'open_database']
 
 # %% ../nbs/14_database.ipynb #79d24d61
 import json
@@ -21,6 +21,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from .config import from_environment
 from .network import HeimdallError
 from .store import explain_os_error, local_path
 from .tables import METADATA, make_hypertable, upgrade_tables
@@ -207,13 +208,17 @@ def _passes(error: BaseException) -> bool:
         not _state(error) and isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError))
 
 
+class CatalogUnreachable(HeimdallError):
+    "The server of a catalog does not answer: the same may succeed later."
+
+
 def _explain(name: str, error: SQLAlchemyError, seconds: float) -> HeimdallError:
     "A server's error in one line, with what to do next and without the SQL."
     first = next((line for line in str(getattr(error, 'orig', None) or error).splitlines() if line.strip()), type(error).__name__)
     reason = ' '.join(first.split())
     advice = _STATES.get(_state(error)) or next((advice for words, advice in _WORDS.items() if words in reason), 'check the server and its log')
     tried = f' (tried for {seconds:.0f} s)' if _passes(error) and seconds >= 1 else ''
-    return HeimdallError(f'catalog {name}: {reason}: {advice}{tried}')
+    return (CatalogUnreachable if _passes(error) else HeimdallError)(f'catalog {name}: {reason}: {advice}{tried}')
 
 # %% ../nbs/14_database.ipynb #6ac9b4bf
 class PostgresDatabase:
@@ -226,7 +231,7 @@ class PostgresDatabase:
         uri: str,  # postgresql://user@server/database
         settings: DatabaseSettings | None = None,  # from the environment by default
     ):
-        url, self._settings, self._met = postgres_url(uri), settings or DatabaseSettings(), False
+        url, self._settings, self._met = postgres_url(uri), settings or from_environment(DatabaseSettings), False
         self.name = url.set(drivername='postgresql').render_as_string()
         secret = self._settings.password
         options = {'connect_timeout': '10', 'application_name': 'heimdall-train', 'keepalives_idle': '30'}

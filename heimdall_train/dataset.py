@@ -111,6 +111,8 @@ def make_split(
     for place, (name, ids) in enumerate((('test', test_ids), ('validation', validation_ids))):
         if ids is not None:
             rows = data.rows(ids)
+            if twice := sorted(set(ids) & set(test_ids or ()) if name == 'validation' else ()):
+                raise HeimdallError(f'session {twice[0]} is asked for in test and in validation: leave it out of one of them')
             rows = rows[free[rows]]
         else:
             rows = _hold_out(positions, sources, free, block_m, share, np.random.default_rng([seed, place]))

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -240,9 +241,17 @@ def describe(
 
 
 def _describe(proto, values: dict) -> None:
-    "Add plain values to the metadata of a model, as JSON but for text."
+    "Add plain values to the metadata of a model: text as it is where a reader cannot take it for JSON, all else as JSON."
     for key, value in values.items():
-        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) and _plain_text(value) == value else json.dumps(value))
+
+
+def _plain_text(text: str) -> Any:
+    "What a reader takes a text for: itself, unless it is JSON."
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def described(
@@ -251,13 +260,7 @@ def described(
     "The metadata of a graph."
     import onnx
 
-    values = {}
-    for entry in onnx.load_from_string(serialised).metadata_props:
-        try:
-            values[entry.key] = json.loads(entry.value)
-        except json.JSONDecodeError:
-            values[entry.key] = entry.value
-    return values
+    return {entry.key: _plain_text(entry.value) for entry in onnx.load_from_string(serialised).metadata_props}
 
 # %% ../nbs/80_export.ipynb #b4006b85
 PARITY_METRES, PARITY_SIGMA, PARITY_LATE = 0.1, 1e-3, 0.01  # what may differ at most: metres (or this part of σ, if that is more), σ, deviations of a clock

@@ -160,7 +160,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(content: bytes, where: str) -> list[_Chunk]:
-    "Chunks of a RIFF file; the last one may have been cut off by a recorder that was ended."
+    "Chunks of a RIFF file; `HeimdallError` where one was cut off."
     if content[:4] != b'RIFF' or content[8:12] != b'WAVE':
         raise HeimdallError(f'{where} is not a WAV file')
     chunks, place, view = [], 12, memoryview(content)
@@ -269,6 +269,8 @@ def on_axis(
     if sample_rate > 1.001 * rate:
         raise HeimdallError(f'{where} has {rate:.0f} samples a second and {sample_rate:.0f} are wanted: the band beyond its own would pass for silence; '
                             'give sample_rate as the lowest of the receivers')
+    if sample_rate < rate / 1000:
+        raise HeimdallError(f'{where} has {rate:.0f} samples a second and {sample_rate:g} are wanted: sample_rate is in samples a second')
     last = begin + (samples - 1) / sample_rate
     if begin < -0.5 / rate or last > (len(iq) - 0.5) / rate:
         raise HeimdallError(f'{where} lasts from 0 to {len(iq) / rate:.6f} s, and {begin:.6f} to {last:.6f} s are wanted of it')

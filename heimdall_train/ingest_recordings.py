@@ -39,6 +39,7 @@ from heimdall_train.ingest import (
     quoted,
     read_table,
     says_the_same,
+    table_key,
     table_rows,
 )
 from .modulation import why_no_position
@@ -223,6 +224,8 @@ def _row(line: int, cells: dict[str, str], network: Network, located: bool = Tru
     recording = Recording(receiver, sample_rate=rate, start_offset=_within_a_day(cells['start_offset'], 'start_offset'), clock_error_s=clock_error)
     frequency = _above_zero(cells['frequency_hz'], 'frequency_hz') if cells['frequency_hz'] else None
     duration = _above_zero(cells['duration_s'], 'duration_s') if cells.get('duration_s') else None
+    if duration is not None and not 64 <= duration * rate <= 1e9:
+        raise BadCell(f'{duration:g} s at a sample_rate of {rate:g} are {duration * rate:.3g} samples: seconds, and samples a second')
     if duration is None and Path(file).suffix.lower() in READERS:
         raise BadCell('duration_s is missing: it says how much of a file of this format is wanted')
     session = Session(session_id, parse_time(cells['started_at']), source, (recording,), frequency)
@@ -510,7 +513,7 @@ def ingest_recordings(
     new = [item.session for name, item in kept.items() if item.session and name not in held]
     with _copied(list(kept.values()), path.parent, store):
         if new:
-            table_uri = store.write(f'tables/{digest}.csv', content)
+            table_uri = store.write(table_key(content), content)
             samples = {recording.iq_uri or '': kept[session.id].samples for session in new for recording in session.recordings}
             catalog.add_sessions(new, dataset, approved, receivers, {digest: table_uri}, samples)
         elif stored != receivers:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .config import from_environment
 from .network import HeimdallError
 from .store import Store, StoreUnreachable, checked_key, explain_os_error, fill_file, local_path, split_uri
 
@@ -112,12 +113,9 @@ def _connect(settings: S3Settings | None) -> tuple[S3Settings, Any]:
     "Settings, from the environment where there are none, and their client; `HeimdallError` where they cannot be right."
     from botocore.exceptions import BotoCoreError, PartialCredentialsError, ProfileNotFound
 
+    settings = settings or from_environment(S3Settings)
     try:
-        settings = settings or S3Settings()
         return settings, s3_client(settings)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        reason = f'HEIMDALL_S3_{str(wrong["loc"][0]).upper()} in the environment: {wrong["msg"]}'
     except PartialCredentialsError:
         reason = 'an access key without its secret key, or the other way round: set both, or neither'
     except ProfileNotFound:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .calibration import conformal_interval
+from .display import plain
 from .geodesy import Frame
 from .metrics import COVERAGE_LEVELS, Evaluation, mahalanobis_squared
 from .network import HeimdallError, Network
@@ -248,7 +249,7 @@ def session_figure(
     width = max(1.5 * count, 4)  # inches
     figure = ReportFigure(figsize=(width, 4.2), dpi=80)  # margins by hand: constrained layout would take as long as drawing
     margins = {'left': 0.6 / width, 'right': 1 - 0.5 / width, 'bottom': 0.17, 'top': 0.92, 'hspace': 0.1}
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
     figure.supylabel('frequency (mel band, carrier: 0)', fontsize=7, x=0.06 / width)
     span = tuple(np.quantile(levels[heard], (0.02, 0.99))) if heard.any() else (0, 1)
     frames, step = maps.shape[2], maps.shape[2] + 2  # a receiver beside the other, two empty columns between them
@@ -257,7 +258,8 @@ def session_figure(
         row = np.pad(values, ((0, 0), (0, 0), (0, 2)), constant_values=np.nan).transpose(1, 0, 2).reshape(maps.shape[1], -1)
         image = axis.imshow(row, origin='lower', aspect='auto', cmap=colours, vmin=low, vmax=high, extent=(0, count * step, -64, 64))
         axis.tick_params(labelsize=7, length=0)
-        axis.set_xticks(np.arange(count) * step + frames / 2, [name if known else f'{name}\n(not heard)' for name, known in zip(names, heard, strict=True)])
+        labels = [plain(name) + ('' if known else '\n(not heard)') for name, known in zip(names, heard, strict=True)]
+        axis.set_xticks(np.arange(count) * step + frames / 2, labels)
         figure.colorbar(image, ax=axis, label=label, fraction=0.3 / width, pad=0.1 / width)
     axis.set_xlabel(f'receivers, each with its recording from left to right (1/{frames} of it a column)', fontsize=7)
     return figure

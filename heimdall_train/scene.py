@@ -141,8 +141,8 @@ class Scene:
             raise HeimdallError(f'scene {self.name}: with a radio, a network and a clock must be given')
         if self.radio is not None and bed:
             raise HeimdallError(f'scene {self.name}: {", ".join(bed)} belong to a test bed: leave them out of a scene with a radio')
-        if not (self.zone.width_m > 0 and self.zone.height_m > 0 and self.map_pitch_m > 0):
-            raise HeimdallError(f'scene {self.name}: the zone and map_pitch_m must be larger than zero')
+        if self.radio is not None and self.radio.sample_rate * self.radio.duration_s < 64:
+            raise HeimdallError(f'scene {self.name}: a recording of {self.radio.duration_s:g} s has fewer than 64 samples: make duration_s longer')
 
 # %% ../nbs/24_scene.ipynb #f818ed32
 def _number(value: Any, kind: type, where: str) -> float | int | bool:
@@ -156,12 +156,28 @@ def _number(value: Any, kind: type, where: str) -> float | int | bool:
     raise HeimdallError(f'{where} is not {"a number" if kind is float else "true or false" if kind is bool else "a whole number of 0 or more"}: {value!r}')
 
 
+_ABOVE_ZERO = {'far_distance_m', 'deviation_hz', 'sample_rate', 'duration_s', 'length_m', 'shadowing_length_m', 'map_pitch_m', 'frequency_hz', 'width_m',
+               'height_m', 'receivers', 'smallest_s', 'largest_s', 'road_m', 'section_m'}  # whichever group they are of
+_FROM_ZERO = {'path_loss_exponent', 'far_path_loss_exponent', 'power_spread_db', 'frequency_offset_hz', 'mean_m', 'error_s', 'start_spread_s', 'shadowing_db',
+              'gain_db', 'repeatability_db', 'delay_s', 'gps_error_m'}
+_SHARES = {'share', 'shortest', 'longest'}
+
+
+def _in_range(number: float | int | bool, where: str) -> float | int | bool:
+    "The number, if it is one that the quantity can have: lengths and rates, deviations, shares."
+    name = where.rpartition(': ')[2]
+    if name in _ABOVE_ZERO and not number > 0 or name in _FROM_ZERO and number < 0 or name in _SHARES and not 0 <= number <= 1:
+        allowed = 'above 0' if name in _ABOVE_ZERO else '0 or more' if name in _FROM_ZERO else 'from 0 to 1'
+        raise HeimdallError(f'{where} is {number:g}: it must be {allowed}')
+    return number
+
+
 def _convert(value: Any, kind: Any, where: str, folder: Path) -> Any:
     "A value from YAML as a field's type asks for it."
     if isinstance(kind, UnionType):  # … | None
         return None if value is None else _convert(value, get_args(kind)[0], where, folder)
     if kind in (float, int, bool):
-        return _number(value, kind, where)
+        return _in_range(_number(value, kind, where), where)
     if kind is str:
         return str(value)
     if kind is Network:

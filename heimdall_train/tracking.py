@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .config import from_environment
 from .network import HeimdallError
 from .store import write_file
 
@@ -70,6 +71,7 @@ class Run:
         progress: Callable[[str], None] | None = None,  # called with a line when a server goes away
     ):
         self.client, self.run_id, self._file, self._say = client, run_id, waiting, progress or (lambda line: None)
+        self._patience = from_environment(TrackingSettings)  # here, so that a wrong one is found before a training
         self._waiting = [json.loads(line) for line in waiting.read_text().splitlines()] if waiting and waiting.is_file() else []
 
     def log_parameters(
@@ -108,7 +110,7 @@ class Run:
     def finish(self) -> None:
         "Close the run; waits a while for a server that is away."
         self._log(status='FINISHED')
-        deadline = time.monotonic() + TrackingSettings().deadline_s
+        deadline = time.monotonic() + self._patience.deadline_s
         while self._waiting and time.monotonic() < deadline:
             time.sleep(1)
             self._send()

@@ -758,6 +758,12 @@ def test_a_watched_folder_is_ingested_as_it_fills(chain: Chain, tmp_path: Path):
     assert {entry.name for entry in Catalog(config.catalog).datasets()} == {'monday', 'tuesday'}
 
 
+def test_a_watched_folder_waits_for_a_catalog_that_is_away(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = watch(chain.scene, make_config(catalog='postgresql://somebody@127.0.0.1:9/db', store=str(tmp_path / 'store')), interval_s=0.01)
+    ends = [next(found) for _ in range(3)]
+    assert all(isinstance(end, HeimdallError) and 'Connection refused' in str(end) for _, end in ends)
+
+
 def test_watch_ends_with_an_interruption_and_says_what_it_did(chain: Chain, tmp_path: Path):
     program = [sys.executable, '-c', 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # in the background it would be ignored
                'from heimdall_train.cli import main; main()']
