@@ -55,6 +55,12 @@ def test_pages_have_no_numbers(docs: ModuleType):
         'See [geodesy](../geodesy.ipynb#frames), `00_geodesy.ipynb`, [that](index.ipynb)')
 
 
+def test_warnings_are_not_on_pages(docs: ModuleType):
+    printed = {'output_type': 'stream', 'name': 'stdout', 'text': '1'}
+    cell = {'cell_type': 'code', 'source': 'f()', 'outputs': [{'output_type': 'stream', 'name': 'stderr', 'text': '/a/b.py:1: UserWarning: x'}, printed]}
+    assert docs.site_notebook({'cells': [cell]})['cells'][0]['outputs'] == [printed]
+
+
 def page_text(path: Path) -> str:
     "What a page says, without code cells."
     text = path.read_text(encoding='utf-8')
