@@ -55,6 +55,20 @@ def test_pages_have_no_numbers(docs: ModuleType):
         'See [geodesy](../geodesy.ipynb#frames), `00_geodesy.ipynb`, [that](index.ipynb)')
 
 
+def test_warnings_are_not_on_pages(docs: ModuleType):
+    printed = {'output_type': 'stream', 'name': 'stdout', 'text': '1'}
+    cell = {'cell_type': 'code', 'source': 'f()', 'outputs': [{'output_type': 'stream', 'name': 'stderr', 'text': '/a/b.py:1: UserWarning: x'}, printed]}
+    assert docs.site_notebook({'cells': [cell]})['cells'][0]['outputs'] == [printed]
+
+
+def test_signatures_are_short(docs: ModuleType):
+    shown = '```python\ndef f(\n    one:__main__.Network, # of receivers\n    two:int=1\n)->__main__.Fix: # metres\n```\n'
+    assert docs.site_signature(shown) == shown.replace('__main__.', '')
+    inherited = ('```python\ndef Shown(\n    size:float=1, # This can be\n    # \n    # - a tuple\n'
+                 '    *, dpi:NoneType=None, # Dots per inch.\n    **kwargs\n):\n```\n')
+    assert docs.site_signature(inherited) == '```python\ndef Shown(\n    size:float=1,\n    *, dpi:NoneType=None,\n    **kwargs\n):\n```\n'
+
+
 def page_text(path: Path) -> str:
     "What a page says, without code cells."
     text = path.read_text(encoding='utf-8')
