@@ -156,7 +156,8 @@ def _choose(what: str, name: str | None, names: list[str]) -> str:
     if not names:
         raise HeimdallError(f'the catalog holds no {what} yet: ingest a table or simulate a scene first')
     asked = f'no {what} {name}' if name is not None else f'{len(names)} {what}s'
-    raise HeimdallError(f'the catalog holds {asked}{did_you_mean(name or "", names)}: choose one of {", ".join(names)}')
+    how = ' with --dataset NAME' if what == 'dataset' else ''
+    raise HeimdallError(f'the catalog holds {asked}{did_you_mean(name or "", names)}: choose one of {", ".join(names)}{how}')
 
 # %% ../nbs/15_catalog.ipynb #9d539513
 _BATCH = 500  # sessions a statement

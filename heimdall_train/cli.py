@@ -86,35 +86,35 @@ def _scenes(incomplete: str) -> list[str]:
 
 
 CatalogOption = Annotated[
-    str | None, typer.Option('--catalog', help='Catalog of sessions: an SQLite file, or postgresql://user@server/database [default: runs/catalog.db]')
+    str | None, typer.Option('--catalog', help='Catalog of sessions: an SQLite file, or postgresql://user@server/database (default: runs/catalog.db)')
 ]
-StoreOption = Annotated[str | None, typer.Option('--store', help='Store of recordings and tables: a folder or s3://bucket/prefix [default: runs/store]')]
+StoreOption = Annotated[str | None, typer.Option('--store', help='Store of recordings and tables: a folder or s3://bucket/prefix (default: runs/store)')]
 DatasetOption = Annotated[str | None, typer.Option('--dataset', help='Dataset in the catalog; may be left out where there is only one')]
 SceneOption = Annotated[
     str | None, typer.Option('--scene', autocompletion=_scenes, help='Simulate this scene on the way, in place of a catalog: a name or a YAML file')
 ]
 SceneSeedOption = Annotated[int | None, typer.Option('--scene-seed', help='Of what is persistent in the scene: another one makes a sibling')]
 TestSeedOption = Annotated[int | None, typer.Option('--test-seed', help="Of the scene's test sources")]
-CacheOption = Annotated[Path | None, typer.Option('--cache', help='Folder that keeps the features of recordings [default: runs/features]')]
+CacheOption = Annotated[Path | None, typer.Option('--cache', help='Folder that keeps the features of recordings (default: runs/features)')]
 ResumeOption = Annotated[bool, typer.Option('--resume', help='Go on from the last checkpoint of the run folder')]
-OutOption = Annotated[Path | None, typer.Option('--out', help='Run folder [default: runs/train]')]
-ModelOption = Annotated[str | None, typer.Option('--model', metavar='PATH', help='Run folder to use [default: the run folder]')]
+OutOption = Annotated[Path | None, typer.Option('--out', help='Run folder (default: runs/train)')]
+ModelOption = Annotated[str | None, typer.Option('--model', metavar='PATH', help='Run folder to use (default: the run folder)')]
 TestOption = Annotated[
-    str | None, typer.Option('--test-sessions', help='File with one session id a line [default: hold out whole blocks]')
+    str | None, typer.Option('--test-sessions', help='File with one session id a line (default: hold out whole blocks)')
 ]
 ValidationOption = Annotated[
-    str | None, typer.Option('--validation-sessions', help='File with one session id a line [default: hold out whole blocks]')
+    str | None, typer.Option('--validation-sessions', help='File with one session id a line (default: hold out whole blocks)')
 ]
-SeedOption = Annotated[int | None, typer.Option('--seed', help='Of blocks, weights, order of samples and drop-out [default: 0]')]
-EpochsOption = Annotated[int | None, typer.Option('--epochs', help='Epochs that the one cycle of the learning rate spans [default: 8]')]
+SeedOption = Annotated[int | None, typer.Option('--seed', help='Of blocks, weights, order of samples and drop-out (default: 0)')]
+EpochsOption = Annotated[int | None, typer.Option('--epochs', help='Epochs that the one cycle of the learning rate spans (default: 8)')]
 DriftOption = Annotated[
     float | None,
     typer.Option(
-        '--gain-drift', help='dB by which gains may have changed since training; above 0 silence means nothing either [default: 0]'
+        '--gain-drift', help='dB by which gains may have changed since training; above 0 silence means nothing either (default: 0)'
     ),
 ]
 TrackingOption = Annotated[
-    str | None, typer.Option('--tracking', help='MLflow tracking URI [default: an SQLite file beside the run folder]')
+    str | None, typer.Option('--tracking', help='MLflow tracking URI (default: an SQLite file beside the run folder)')
 ]
 RejectsOption = Annotated[bool, typer.Option('--allow-rejects', help='Keep the good rows even where more than a fifth is bad')]
 JsonOption = Annotated[bool, typer.Option('--json', help='Print JSON alone on standard output')]
@@ -230,8 +230,19 @@ def _next(*commands: str) -> None:
     _say('\nnext:\n' + '\n'.join(f'  {command}' for command in commands))
 
 # %% ../nbs/95_cli.ipynb #08f323e3
+def _version(asked: bool) -> None:
+    "Print the version and end."
+    if asked:
+        from heimdall_train import __version__
+
+        print(f'heimdall-train {__version__}')
+        raise typer.Exit
+
+
 @app.callback()
-def main_callback() -> None:
+def main_callback(
+    version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Print the version')] = False,
+) -> None:
     "Localise a radio transmitter from a network of receivers, and say how sure the answer is."
 
 
@@ -289,7 +300,7 @@ def ingest_levels_command(
 @ingest_app.command('recordings')
 def ingest_recordings_command(
     folder: Annotated[str, typer.Argument(help='Folder of recordings with recordings.csv, or that manifest itself: a path, or s3://…')],
-    network: Annotated[Path | None, typer.Option('--network', help='YAML file of the network [default: receivers.csv beside the manifest]')] = None,
+    network: Annotated[Path | None, typer.Option('--network', help='YAML file of the network (default: receivers.csv beside the manifest)')] = None,
     catalog: CatalogOption = None,
     store: StoreOption = None,
     dataset: DatasetOption = None,
@@ -318,7 +329,7 @@ def _ingested(report: Any, as_json: bool, catalog: str | None, store: str | None
         print(json.dumps({name: getattr(report, name) for name in names} | {'rejects': [asdict(reject) for reject in report.rejects]}))
     else:
         print(report)
-    _next(f'heimdall-train train{_where(catalog, store)} --out runs/{report.dataset}')
+    _next(f'heimdall-train train{_where(catalog, store)} --dataset {report.dataset} --out runs/{report.dataset}')
 
 
 def _where(catalog: str | None, store: str | None) -> str:
@@ -373,7 +384,7 @@ def _created(done: tuple[str, list[str]], as_json: bool) -> None:
 @app.command()
 def simulate(
     scene: Annotated[str, typer.Argument(autocompletion=_scenes, help='Name of a scene that ships with the package, or a YAML file')],
-    sessions: Annotated[int | None, typer.Option('--sessions', help='How many in all, shared out as the scene does [default: all of the scene]')] = None,
+    sessions: Annotated[int | None, typer.Option('--sessions', help='How many in all, shared out as the scene does (default: all of the scene)')] = None,
     seed: SeedOption = None,
     store: StoreOption = None,
     catalog: CatalogOption = None,
@@ -563,7 +574,7 @@ def export(
 @app.command()
 def verify(
     bundle: BundleArgument,
-    key: Annotated[Path | None, typer.Option('--key', help='Public key that must have signed the bundle (PEM) [default: no signature is asked for]')] = None,
+    key: Annotated[Path | None, typer.Option('--key', help='Public key that must have signed the bundle (PEM) (default: no signature is asked for)')] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -632,9 +643,9 @@ def predict(
     sessions: Annotated[list[str], typer.Argument(metavar='SESSION…', help=(
         'Level tables, for a model of recordings their manifests, or folders with one of them; files or s3://…. Positions are not needed and not read'))],
     model: Annotated[str | None, typer.Option(
-        '--model', help='Run folder or bundle: a path, s3://bucket/prefix, or models:/localization_model@champion [default: the run folder]')] = None,
-    out: Annotated[Path | None, typer.Option('--out', help='File to write: .csv, .geojson or .kml [default: standard output]')] = None,
-    form: Annotated[str | None, typer.Option('--format', help='csv, geojson or kml [default: by the ending of --out, else csv]')] = None,
+        '--model', help='Run folder or bundle: a path, s3://bucket/prefix, or models:/localization_model@champion (default: the run folder)')] = None,
+    out: Annotated[Path | None, typer.Option('--out', help='File to write: .csv, .geojson or .kml (default: standard output)')] = None,
+    form: Annotated[str | None, typer.Option('--format', help='csv, geojson or kml (default: by the ending of --out, else csv)')] = None,
     fuse: Annotated[bool, typer.Option('--fuse', help='One fix: all sessions are of one transmitter that stood still')] = False,
     tracking: TrackingOption = None,
     allow_rejects: RejectsOption = False,
@@ -675,7 +686,7 @@ def predict(
 @app.command()
 def report(
     source: Annotated[Path, typer.Argument(help='Run folder or bundle that has been evaluated, or an evaluation-….parquet of a run')],
-    out: Annotated[Path | None, typer.Option('--out', help='Folder to write to [default: report beside the evaluation]')] = None,
+    out: Annotated[Path | None, typer.Option('--out', help='Folder to write to (default: report beside the evaluation)')] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -727,7 +738,7 @@ def doctor(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help='YAML file: parameters, and grid or search')],
-    out: Annotated[Path | None, typer.Option('--out', help='Folder of the sweep [default: runs/ and the name of the file]')] = None,
+    out: Annotated[Path | None, typer.Option('--out', help='Folder of the sweep (default: runs/ and the name of the file)')] = None,
     tracking: TrackingOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -811,11 +822,14 @@ def demo(
         _print_table(evaluation)
         print(f'report: {folder / "report" / "report.html"}   bundle: {folder / "bundle"}')
     _next(
-        'heimdall-train simulate demo-v1 --sessions 200',
-        'heimdall-train ingest levels YOUR/levels.csv',
+        f'open {folder / "report" / "report.html"} in a browser',
+        f'heimdall-train verify {folder / "bundle"}',
+        f'heimdall-train predict YOUR/recordings.csv --model {folder / "bundle"}',
+        *(() if scene else ('heimdall-train ingest levels YOUR/levels.csv', 'jupyter lab nbs/tutorials/recordings.ipynb')),
         f'mlflow ui --backend-store-uri sqlite:///{folder.parent / "mlflow.db"}',
-        'jupyter lab nbs/tutorials/recordings.ipynb',
     )
+    if not os.environ.get('VIRTUAL_ENV') and Path('.venv/bin/activate').exists():
+        _say('in each new shell, first: . .venv/bin/activate')
 
 
 def _print_table(evaluation) -> None:
@@ -849,7 +863,7 @@ def main() -> None:
     app()
 
 # %% ../nbs/95_cli.ipynb #b5af5d7c
-RegistryOption = Annotated[str | None, typer.Option('--tracking', help='MLflow tracking URI [default: sqlite:///runs/mlflow.db]')]
+RegistryOption = Annotated[str | None, typer.Option('--tracking', help='MLflow tracking URI (default: sqlite:///runs/mlflow.db)')]
 VersionArgument = Annotated[str, typer.Argument(help='Number or alias of a version')]
 
 
@@ -893,7 +907,8 @@ def models_list(
     _print_rows('registered versions', ('version', 'alias', 'made', 'mean, m', 'latency, ms', 'size, MB', 'note'), [
         (str(row['version']), ', '.join(row['aliases']) or '–', row['created_at'], *each, f'forced: {row["forced"]}' if row['forced'] else '')
         for row, each in zip(rows, figures, strict=True)])
-    _next('heimdall-train models compare challenger champion', 'heimdall-train models promote')
+    compare = ['heimdall-train models compare challenger champion'] if any('champion' in row['aliases'] for row in rows) else []
+    _next(*compare, 'heimdall-train models promote')
 
 
 @models_app.command('compare')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFESTS', 'ingest', 'ingest_samples', 'watch', 'write_scene_table', 'simulate', 'scene_digest', 'part_counts',
-           'config_scene', 'read_data', 'as_levels', 'share_features', 'plan_shards', 'share_shard', 'scene_split',
-           'graph_inputs']
+           'config_scene', 'read_data', 'chosen_dataset', 'as_levels', 'share_features', 'plan_shards', 'share_shard',
+           'scene_split', 'graph_inputs']
 
 # %% ../nbs/87_data.ipynb #f7455d33
 import hashlib
@@ -203,7 +203,7 @@ def simulate(
         if not missing:
             continue
         tell, done = counted(say, f'simulating {part}', len(missing)), 0
-        stored = _stored(simulate_sessions(scene, part, config.seed, missing), store)
+        stored = _stored(simulate_sessions(scene, part, config.seed, missing), store, f'{scene.name}-{scene_digest(scene)}-{config.seed}')
         while batch := list(islice(stored, 100)):
             heard = [session for session in batch if session.recordings]
             catalog.add_sessions(heard, dataset, network=scene_world(scene).network, tables={origin: None}, samples=_sample_counts(heard, scene))
@@ -253,12 +253,12 @@ def _simulated(catalog: Catalog, dataset: str, origin: str) -> set[str]:
     return {session.id for session in catalog.sessions(dataset)}
 
 
-def _stored(sessions: Iterator[Session], store: Store) -> Iterator[Session]:
-    "Put the samples into the store; sessions keep their URIs."
+def _stored(sessions: Iterator[Session], store: Store, origin: str) -> Iterator[Session]:
+    "Put the samples into the store, under names that say of what they are (all scenes call their sessions alike); sessions keep their URIs."
 
     def put(session: Session) -> Session:
         recorded = [recording for recording in session.recordings if recording.iq is not None]
-        uris = store.write_session(session.id, {recording.receiver: recording.iq for recording in recorded if recording.iq is not None})
+        uris = store.write_session(f'{origin}-{session.id}', {recording.receiver: recording.iq for recording in recorded if recording.iq is not None})
         return replace(session, recordings=tuple(replace(recording, iq=None, iq_uri=uris[recording.receiver]) for recording in recorded))
 
     return ahead(put, sessions, store.threads)
@@ -292,6 +292,13 @@ def read_data(
         dataset = catalog.dataset(config.dataset)
         return level_data(catalog.sessions(dataset.name), catalog.network(dataset.network))
     return _timed_or_levels(_features(config, found, say), say)
+
+
+def chosen_dataset(
+    config: Config,  # catalog and dataset, or scene
+) -> str | None:  # its name; None for a scene
+    "The dataset that sessions are read from: the only one of the catalog where none is named."
+    return None if config.scene is not None else Catalog(config.catalog).dataset(config.dataset).name
 
 
 class _Recorded(NamedTuple):

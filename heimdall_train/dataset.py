@@ -68,7 +68,8 @@ class Split:
         sources = {name: set(data.sources[data.rows(ids)].tolist()) for name, ids in parts.items()}
         for name, ids in parts.items():
             if not ids:
-                raise HeimdallError(f'the {name} part of the split has no session')
+                counts = ', '.join(f'{len(each)} of {part}' for part, each in parts.items())
+                raise HeimdallError(f'the {name} part of the split has no session ({counts}): sessions of more places are needed to hold some of them out')
         for one, other in (('train', 'validation'), ('train', 'test'), ('validation', 'test')):
             if set(parts[one]) & set(parts[other]):
                 raise HeimdallError(f'session {sorted(set(parts[one]) & set(parts[other]))[0]} is in {one} and in {other}')

@@ -87,7 +87,7 @@ def look_at_store(
     uri: str,  # of the store
 ) -> str:  # that it works
     "A few bytes written, read back and deleted."
-    store, key, content = open_store(uri), f'doctor/{uuid.uuid4().hex}', uuid.uuid4().bytes
+    store, key, content = open_store(uri), f'doctor-{uuid.uuid4().hex}', uuid.uuid4().bytes
     store.write(key, content)
     try:
         if store.read(key) != content:

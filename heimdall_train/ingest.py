@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVEL_RANGE_DB', 'PARQUET', 'MAX_REJECTED', 'Reject', 'TooManyRejects', 'BadCell', 'quoted', 'parse_number',
-           'parse_time', 'known_source', 'parse_level_table', 'says_the_same', 'table_rows', 'table_key',
+           'parse_time', 'known_source', 'parse_level_table', 'check_place', 'says_the_same', 'table_rows', 'table_key',
            'read_level_table', 'read_table', 'IngestReport', 'ingest_levels', 'held_sessions', 'held_network',
            'check_share', 'read_levels_to_locate', 'read_split_file']
 
@@ -152,10 +152,13 @@ def parse_level_table(
         session_id = cells[columns['session_id']].strip() if columns['session_id'] < len(cells) else ''
         try:
             session = _session(cells, columns, receivers, located)
+            if session.source:
+                check_place(session.source, network)
             if session_id in lines:
                 raise BadCell(f'session {quoted(session_id)} is already on line {lines[session_id]}')
             if held and session_id in held and not says_the_same(session, held[session_id]):
-                raise BadCell(f'the dataset already has a session {quoted(session_id)} with another time, place or level')
+                differs = 'with another time, place or level: a corrected table goes into another --dataset'
+                raise BadCell(f'the dataset already has a session {quoted(session_id)} {differs}')
         except (BadCell, HeimdallError) as error:
             rejects.append(Reject(line, session_id, str(error)))
         else:
@@ -164,6 +167,20 @@ def parse_level_table(
     if not sessions and not rejects:
         raise HeimdallError(f'{where} has a header but no rows: nothing to ingest')
     return sessions, rejects
+
+
+def check_place(
+    source: Source,  # of a session
+    network: Network,  # whose receivers heard it
+) -> None:
+    "`BadCell` where a source would be near the receivers if its latitude and longitude were exchanged, and is far from them as it is."
+    places = [(receiver.latitude, receiver.longitude) for receiver in network.receivers if receiver.latitude is not None and receiver.longitude is not None]
+    if not places or abs(source.longitude) > 90:
+        return
+    given = source.latitude, source.longitude
+    apart, exchanged = (min(math.dist(place, point) for place in places) for point in (given, given[::-1]))
+    if apart > 5 and exchanged < apart / 5:  # in degrees: some hundred kilometres
+        raise BadCell(f'lat {source.latitude} and lon {source.longitude} are far from all receivers, and would not be if they were exchanged')
 
 
 def says_the_same(
@@ -237,6 +254,12 @@ def _header(cells: list[str], network: Network, where: str, needed: tuple[str, .
         raise HeimdallError(f'{where} is empty: expected the columns {",".join(needed)} and one for each receiver')
     missing = [name for name in needed if name not in names]
     if missing:
+        for mark, what in ((';', 'semicolons'), ('\t', 'tabs')):
+            if mark in ''.join(cells):
+                raise HeimdallError(f'{where}: its columns are separated by {what}: save it with commas between columns and points in numbers')
+        meant = ', '.join(f'{name} for {other}' for name, other in (('lat', 'latitude'), ('lon', 'longitude')) if name in missing and other in names)
+        if meant:
+            raise HeimdallError(f'{where}: name the columns {meant}: expected {",".join(needed)} and one for each receiver')
         raise HeimdallError(f'{where}: column {", ".join(missing)} missing: expected {",".join(needed)} and one for each receiver')
     for place, name in enumerate(names, start=1):
         if not name or name in names[:place - 1]:
@@ -322,6 +345,7 @@ def ingest_levels(
 ) -> IngestReport:  # what was added, and what was set aside
     "Add a level table to a dataset, all usable rows or none; `TooManyRejects` where more than a fifth is unusable."
     path = Path(path)
+    path = path / 'levels.csv' if path.is_dir() else path
     content, receivers = read_table(path, network)
     dataset = dataset or (path.resolve().parent.name if path.stem == 'levels' else path.stem)
     held, stored = held_sessions(catalog, dataset), held_network(catalog, receivers.name)

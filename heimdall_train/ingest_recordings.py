@@ -30,6 +30,7 @@ from heimdall_train.ingest import (
     BadCell,
     IngestReport,
     Reject,
+    check_place,
     check_share,
     held_network,
     held_sessions,
@@ -218,6 +219,7 @@ def _row(line: int, cells: dict[str, str], network: Network, located: bool = Tru
         raise BadCell('session_id is ' + ('too long' if session_id else 'missing'))
     source = known_source(cells['lat'], cells['lon']) if located and (cells['lat'] or cells['lon']) else None
     if source:
+        check_place(source, network)
         error = parse_number(cells['error_m'], 'error_m') if cells['error_m'] else 0.0
         source = replace(source, name=cells['source'] or source.name, error_m=error)
     clock_error = _within_a_day(cells['clock_error_s'], 'clock_error_s') if cells['clock_error_s'] else None

@@ -110,9 +110,10 @@ class Location:
         self,
         probability: float,  # that the ellipse holds the transmitter
     ) -> float:  # in standard deviations
-        "Radius of an ellipse in the covariance."
+        "Radius of an ellipse in the covariance; where the model has none of its own, a Gaussian's, and no smaller than its own of lower probability."
         found = self.radii.get(f'{100 * probability:.0f}')
-        return float(ellipse_radius(probability) if found is None else found)
+        smaller = [radius for level, radius in self.radii.items() if radius is not None and float(level) < 100 * probability]
+        return float(max([ellipse_radius(probability), *smaller]) if found is None else found)
 
     def axes(
         self,

@@ -10,7 +10,7 @@ import csv
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,11 @@ class Network:
         "A network from plain values; `HeimdallError` names a field that is missing or unknown."
         try:
             zone = Zone(**values['zone']) if values.get('zone') else None
+            for receiver in values['receivers']:
+                if not isinstance(receiver, dict):
+                    raise TypeError(f'receiver {receiver!r} is not a group of values')
+                if strange := set(receiver) - {entry.name for entry in fields(Receiver)}:
+                    raise TypeError(f'receiver {receiver.get("name", "?")} has an unknown field {sorted(map(str, strange))[0]!r}')
             receivers = tuple(Receiver(**receiver) for receiver in values['receivers'])
             unknown = set(values) - {'name', 'source_height', 'zone', 'receivers'}
             if unknown:
@@ -239,7 +244,10 @@ class Network:
             raise HeimdallError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
         if not isinstance(values, dict):
             raise HeimdallError(f'{path}: not a network description: expected name and receivers')
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except HeimdallError as error:
+            raise HeimdallError(f'{path}: {error}') from None
 
     @classmethod
     def from_csv(

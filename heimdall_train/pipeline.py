@@ -22,7 +22,7 @@ import yaml
 from .bounds import scene_bound
 from .catalog import Catalog
 from .config import Config, make_config
-from .data import as_levels, config_scene, graph_inputs, ingest, read_data, scene_split, write_scene_table  # noqa: F401  (ingest, write_scene_table: for who calls the pipeline)
+from .data import as_levels, chosen_dataset, config_scene, graph_inputs, ingest, read_data, scene_split, write_scene_table  # noqa: F401  (ingest, write_scene_table: for who calls the pipeline)
 from .dataset import MINIMUM_TIMED, Split, TimedData, block_folds, make_split
 from .display import duration
 from .features import LevelData, drift, level_statistics
@@ -68,6 +68,7 @@ def _train(config: Config, say: Callable[[str], None], callbacks: Sequence['Call
     from heimdall_train.tracking import tracked_run
 
     config = _as_begun(config) if config.resume else config
+    config = config.model_copy(update={'dataset': chosen_dataset(config)})  # kept with the run: the catalog may hold others tomorrow
     data = read_data(config, say)
     split = _split(config, data)
     saved = load_latest(config.out / 'checkpoints', _identity(config, data, split), say) if config.resume else None
@@ -75,7 +76,8 @@ def _train(config: Config, say: Callable[[str], None], callbacks: Sequence['Call
     if not leads():
         _train_model(config, data, split, None, say, saved, callbacks)
         return config.out
-    _prepare_folder(config, split)
+    if removed := _prepare_folder(config, split):
+        say(f'{config.out}: what an earlier training left there for readers is removed: {", ".join(removed)}')
     say(
         f'{len(split.train)} training, {len(split.validation)} validation and {len(split.test)} test sessions of {len(data.network)} receivers'
         + (f'; {len(split.set_aside)} set aside' if split.set_aside else '')
@@ -137,6 +139,10 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     trained = (len(history) - learner.first_epoch) * len(training)  # in this process
     validated = _conclude(model, data, training, anchors, folds, tuning, held_out, refit)
     radii = dict(zip(COVERAGE_LEVELS, model.conformal_radii.tolist(), strict=True))
+    if short := [f'{key} %' for key, radius in radii.items() if not np.isfinite(radius)]:
+        say(f'{len(held_out)} validation sessions are too few to learn the ellipses of {", ".join(short)} from: those are a Gaussian\'s, and may not hold')
+    if float(model.variance_scale) < 0.0101:
+        say('by what sources are off as stated (error_m) alone the model would err more than it does: is error_m a standard deviation, in metres?')
     record = {
         'kind': 'timed' if isinstance(data, TimedData) else 'levels',
         'epoch': model.description['epoch'] + 1,
@@ -313,23 +319,25 @@ def _as_begun(config: Config) -> Config:
     try:
         kept = yaml.safe_load((config.out / 'config.yaml').read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise HeimdallError(f'{config.out}: no run to go on with ({type(error).__name__} for config.yaml): leave out --resume') from error
+        raise HeimdallError(f'{config.out}: no run to go on with, for want of a config.yaml: leave out --resume') from error
     if not isinstance(kept, dict):
         raise HeimdallError(f'{config.out / "config.yaml"} is damaged: leave out --resume')
     given = {name: getattr(config, name) for name in config.model_fields_set}
     return make_config(**{**{name: value for name, value in kept.items() if '…' not in str(value)}, **given})
 
 
-def _prepare_folder(config: Config, split: Split) -> None:
-    "Write configuration and split into the run folder; what an earlier run left there for a reader is removed."
+def _prepare_folder(config: Config, split: Split) -> list[str]:
+    "Write configuration and split into the run folder; what an earlier run left there for a reader is removed, and named."
     made = ('metrics.json', 'evaluation*.parquet', 'worst*.npz', 'report*/report.html', 'bundle/SHA256SUMS', 'model.safetensors')
-    for path in [path for pattern in made for path in config.out.glob(pattern)]:
+    left = [path for pattern in made for path in config.out.glob(pattern)]
+    for path in left:
         try:
             path.unlink()
         except OSError as error:
             raise HeimdallError(f'{config.out}: an earlier run cannot be replaced: {error.strerror}: choose another --out') from error
     write_file(config.out / 'config.yaml', yaml.safe_dump(_plain(config), sort_keys=False).encode())
     split.save(config.out / 'split.json')
+    return sorted({path.relative_to(config.out).parts[0] for path in left})
 
 
 def _plain(config: Config) -> dict:
@@ -345,13 +353,20 @@ def _write_json(path: Path, values: dict) -> None:
     write_file(path, json.dumps(values, indent=1).encode())
 
 
+def _no_run(folder: Path) -> str:
+    "What is wrong with a folder that has no config.yaml."
+    if (folder / 'SHA256SUMS').is_file():
+        return 'a bundle, not a run folder: give the folder of the run that it was exported from'
+    return 'no run here: train first, or give --model with the folder of a run'
+
+
 def _of_run(config: Config) -> Config:
     "The configuration, with catalog, dataset, seed and tracking of the run that is used where they were not given."
     folder = config.model_path
     try:
         kept = yaml.safe_load((folder / 'config.yaml').read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise HeimdallError(f'{folder}: no run here ({type(error).__name__} for config.yaml): train first, or give --model') from error
+        raise HeimdallError(f'{folder}: {_no_run(folder)}') from error
     names = ('catalog', 'store', 'dataset', 'cache', 'tracking', 'allow_rejects')
     given = {name for name in names if name in config.model_fields_set}
     if kept.get('scene') is not None and given & {'catalog', 'dataset'}:
@@ -633,7 +648,7 @@ def export(
     say(
         f'ONNX and torch agree on {sum(check["sessions"] for check in verification["checks"].values())} sessions, whole and spoilt, '
         f'to {verification["checks"]["batch of 32"]["position_m"]:.4f} m where they are whole; mean error {verification["mean_error"]["onnx_m"]:.1f} m, '
-        f'{judgement["int8_mean_m"]:.1f} m with 8 bits{"" if judgement["kept"] else ": left out"}'
+        f'{judgement["int8_mean_m"]:.1f} m with 8 bits{"" if judgement["kept"] else ": left out"}, on {len(sessions)} test sessions'
     )
     with tracked_run(config.tracking or default_tracking_uri(folder), folder, None, metrics['training']['mlflow_run_id'], say) as run:
         version = register_bundle(run, bundle, {name: values[:1] for name, values in inputs.items()})

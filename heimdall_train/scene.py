@@ -184,6 +184,8 @@ def _convert(value: Any, kind: Any, where: str, folder: Path) -> Any:
         return PIEDMONT if value == PIEDMONT.name else Network.from_yaml(folder / str(value))
     if not isinstance(value, dict):
         raise HeimdallError(f'{where} is not a group of values but {value!r}: not a valid scene file')
+    if kind is Scene and isinstance(value.get('receivers'), list):
+        raise HeimdallError(f'{where} describes a network: a scene names that file as its network, and says what is in the air (tutorial "your own network")')
     required = {entry.name: entry.default is MISSING for entry in fields(kind)} if kind in _GROUPS else dict.fromkeys(PARTS, True)
     missing, unknown = [name for name, needed in required.items() if needed and name not in value], [str(name) for name in value if name not in required]
     if missing or unknown:
