@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from heimdall_train.bundle import model_schema, read_sample
 from heimdall_train.catalog import Catalog
 from heimdall_train.cli import app
-from heimdall_train.config import make_config
+from heimdall_train.config import Config, make_config
 from heimdall_train.data import watch
 from heimdall_train.ingest import IngestReport
 from heimdall_train.jobs import CHOSEN
@@ -756,6 +756,11 @@ def test_a_watched_folder_is_ingested_as_it_fills(chain: Chain, tmp_path: Path):
     path, report = next(found)
     assert (path, report.sessions) == (broken, 15)
     assert {entry.name for entry in Catalog(config.catalog).datasets()} == {'monday', 'tuesday'}
+
+
+def test_help_names_the_defaults():
+    shown = ' '.join(CliRunner().invoke(app, ['train', '--help'], env={'COLUMNS': '200', 'TERM': 'dumb'}).stdout.split())
+    assert f'(default: {Config.model_fields["epochs"].default})' in shown and '(default: runs/catalog.db)' in shown
 
 
 def test_a_watched_folder_waits_for_a_catalog_that_is_away(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

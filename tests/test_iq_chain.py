@@ -417,7 +417,7 @@ def test_recordings_of_two_rates_do_not_mix(chain: Chain, tmp_path: Path):
 
 @pytest.mark.parametrize('spoilt', [np.zeros(12_500, np.complex64), np.full(12_500, np.nan, np.complex64), np.ones(9_000, np.complex64)])
 def test_recordings_that_came_into_the_store_otherwise_are_checked(chain: Chain, tmp_path: Path, spoilt: np.ndarray):
-    victim = chain.folder / 'store' / 'sessions' / 'train-00009.npz'
+    victim = next((chain.folder / 'store' / 'sessions').glob('*-train-00009.npz'))
     whole = victim.read_bytes()
     samples = dict(np.load(victim))
     first = next(iter(samples))
@@ -452,7 +452,7 @@ def test_a_damaged_recording_in_the_store_is_left_out_of_training(chain: Chain, 
     shutil.copytree(chain.folder / 'store', tmp_path / 'store')
     shutil.copy(chain.folder / 'catalog.db', tmp_path / 'catalog.db')
     damaged = make_config(catalog=str(tmp_path / 'catalog.db'), store=str(chain.folder / 'store'), cache=tmp_path / 'features')
-    victim = chain.folder / 'store' / 'sessions' / 'train-00007.npz'
+    victim = next((chain.folder / 'store' / 'sessions').glob('*-train-00007.npz'))
     whole = victim.read_bytes()
     try:
         victim.write_bytes(whole[:777])
