@@ -39,7 +39,7 @@ from heimdall_train.localizer import Localizer
 from heimdall_train.metrics import clopper_pearson, evaluation_schema
 from heimdall_train.network import HeimdallError
 from heimdall_train.object_store import S3Settings, S3Store
-from heimdall_train.pipeline import Config, write_scene_table
+from heimdall_train.pipeline import write_scene_table
 from heimdall_train.registry import register_bundle
 from heimdall_train.tracking import tracked_run
 
