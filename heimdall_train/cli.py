@@ -644,7 +644,7 @@ def predict(
         'Level tables, for a model of recordings their manifests, or folders with one of them; files or s3://…. Positions are not needed and not read'))],
     model: Annotated[str | None, typer.Option(
         '--model', help='Run folder or bundle: a path, s3://bucket/prefix, or models:/localization_model@champion (default: the run folder)')] = None,
-    out: Annotated[Path | None, typer.Option('--out', help='File to write: .csv, .geojson or .kml (default: standard output)')] = None,
+    out: Annotated[Path | None, typer.Option('--out', help='File to write: .csv, .geojson or .kml (default: standard output, short on a terminal)')] = None,
     form: Annotated[str | None, typer.Option('--format', help='csv, geojson or kml (default: by the ending of --out, else csv)')] = None,
     fuse: Annotated[bool, typer.Option('--fuse', help='One fix: all sessions are of one transmitter that stood still')] = False,
     tracking: TrackingOption = None,
@@ -675,6 +675,10 @@ def predict(
         _say(f'set aside: {reject}')
     if as_json:
         print(json.dumps([location.row() for location in locations]))
+    elif out is None and form is None and sys.stdout.isatty():
+        _print_rows(f'{len(locations)} locations', ('session', 'latitude', 'longitude', '90 % ellipse, m', 'heard', 'note'), [
+            (row['session_id'], f'{row["latitude"]:.5f}', f'{row["longitude"]:.5f}', f'{row["ellipse90_major_m"]:.0f} × {row["ellipse90_minor_m"]:.0f}',
+             str(row['heard']), row['note']) for row in (location.row() for location in locations)])
     elif out is None:
         print(content.decode(), end='' if content.endswith(b'\n') else '\n')
     if out is not None:

@@ -59,6 +59,20 @@ def test_a_simulation_goes_on_after_ctrl_c(tmp_path: Path):
     assert sum(stamp == (folder / name).stat().st_mtime_ns for name, stamp in there.items()) >= 100  # rows come in hundreds
 
 
+def read_terminal(terminal: int) -> str:
+    "What was written to a terminal until nobody has it open any more."
+    seen = b''
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # Linux's way to say that nobody writes any more
+            break
+        if not part:
+            break
+        seen += part
+    return seen.decode()
+
+
 @pytest.mark.resume
 def test_a_training_goes_on_after_ctrl_c(tmp_path: Path):
     description = yaml.safe_load((Path(heimdall_train.__file__).parent / 'scenes' / 'testbed-v1.yaml').read_text())
@@ -71,6 +85,11 @@ def test_a_training_goes_on_after_ctrl_c(tmp_path: Path):
     assert said.endswith(f'interrupted; what was finished is kept: go on with heimdall-train train --resume --out {out}\n')
     record = json.loads(succeed('train', '--resume', '--out', out, '--json').stdout)
     assert len(record['history']) == 4
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(command('predict', table, '--model', out), stdout=its_end, stderr=subprocess.DEVNULL, env={**os.environ, 'COLUMNS': '120'})
+    os.close(its_end)
+    seen = read_terminal(terminal)
+    assert process.wait(60) == 0 and '98 locations' in seen and '90 % ellipse, m' in seen and 'inputs_sha256' not in seen, seen[:500]
 
 
 def test_a_terminal_sees_how_fast_and_how_long(tmp_path: Path):
@@ -80,17 +99,9 @@ def test_a_terminal_sees_how_fast_and_how_long(tmp_path: Path):
     environment = {**os.environ, 'COLUMNS': '120', 'TERM': 'xterm'}
     process = subprocess.Popen(command(*arguments, tmp_path / 'one.db'), stdout=subprocess.PIPE, stderr=its_end, env=environment)
     os.close(its_end)
-    seen = b''
-    while True:
-        try:
-            part = os.read(terminal, 4096)
-        except OSError:  # Linux's way to say that nobody writes any more
-            break
-        if not part:
-            break
-        seen += part
+    seen = read_terminal(terminal)
     process.communicate(timeout=60)
-    assert process.returncode == 0 and 'sessions' in seen.decode() and '━' in seen.decode() and '/s' in seen.decode()
+    assert process.returncode == 0 and 'sessions' in seen and '━' in seen and '/s' in seen
     plain = subprocess.run(command(*arguments, tmp_path / 'two.db'), capture_output=True, text=True, timeout=120)
     assert plain.returncode == 0 and '━' not in plain.stderr and 'next:' in plain.stderr
     silent = succeed(*arguments, tmp_path / 'three.db', '--quiet')
