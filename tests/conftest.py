@@ -96,13 +96,20 @@ def redis() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope='session')
-def by_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    "Runs examples/node/locate.mjs on a bundle."
+def node_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A copy of examples/node with its packages."
     example, folder = ROOT / 'examples' / 'node', tmp_path_factory.mktemp('node')
     with _required():
         (folder / 'node_modules').symlink_to(node_packages(example))
-    shutil.copy(example / 'locate.mjs', folder)
-    return lambda *paths: subprocess.run(['node', folder / 'locate.mjs', *paths], capture_output=True, text=True, timeout=120)
+    for module in example.glob('*.mjs'):
+        shutil.copy(module, folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def by_node(node_example: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    "Runs examples/node/locate.mjs on a bundle."
+    return lambda *paths: subprocess.run(['node', node_example / 'locate.mjs', *paths], capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope='session')
