@@ -307,20 +307,22 @@ def study_snr(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def study_size(options: argparse.Namespace, folder: Path) -> dict:
-    """Fewer training sources, in a scene that is the same but for that."""
+    """Fewer known sources, in a scene that is the same but for that: for each eight to learn from one for validation, as in the scene (the final maps know both)."""
     points = {}
     for count in (250, 500, 1000, 3000, 12_000):
-        where, other = of_size(options, count)
+        where, other = of_size(options, count, count // 8)
         points[str(count)] = methods_of(run(options, options.first_seed, where, **other)['evaluation'])
     return points
 
 
-def of_size(options: argparse.Namespace, count: int) -> tuple[Path, dict]:
-    """Folder and settings of the first seed's run with so many training sources; the run itself where the scene has as many."""
-    values, name = yaml.safe_load(yaml_of(options.scene).read_text()), f'{name_of(options)}-size-{count}'
-    if values['sources']['train'] == count:
+def of_size(options: argparse.Namespace, count: int, validation: int | None = None) -> tuple[Path, dict]:
+    """Folder and settings of the first seed's run with so many sources for training, and validation, if not the scene's; the run itself where it has as many."""
+    values = yaml.safe_load(yaml_of(options.scene).read_text())
+    wanted = {**values['sources'], 'train': count, 'validation': validation or values['sources']['validation']}
+    if values['sources'] == wanted:
         return options.out / f'{name_of(options)}-{options.first_seed}', {}
-    path = sibling(options, name, {**values, 'sources': {**values['sources'], 'train': count}})
+    name = f'{name_of(options)}-size-{count}' + (f'-{validation}' if validation else '')
+    path = sibling(options, name, {**values, 'sources': wanted})
     return options.out / f'{name}-{options.first_seed}', {'scene': path, 'epochs': min(40, round(options.epochs * (12_000 / count) ** 0.5))}
 
 
