@@ -307,7 +307,7 @@ def study_snr(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def study_size(options: argparse.Namespace, folder: Path) -> dict:
-    """Fewer known sources, in a scene that is the same but for that: for each eight to learn from one for validation, as in the scene (the final maps know both)."""
+    """Fewer known sources, in a scene that is the same but for that: for each eight to learn from one for validation, as in the scene: final maps know both."""
     points = {}
     for count in (250, 500, 1000, 3000, 12_000):
         where, other = of_size(options, count, count // 8)
@@ -316,7 +316,7 @@ def study_size(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def of_size(options: argparse.Namespace, count: int, validation: int | None = None) -> tuple[Path, dict]:
-    """Folder and settings of the first seed's run with so many sources for training, and validation, if not the scene's; the run itself where it has as many."""
+    """Folder and settings of the first seed's run with so many training sources, and validation ones, if not the scene's; the run itself where it has so many."""
     values = yaml.safe_load(yaml_of(options.scene).read_text())
     wanted = {**values['sources'], 'train': count, 'validation': validation or values['sources']['validation']}
     if values['sources'] == wanted:
