@@ -316,7 +316,7 @@ def study_size(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def of_size(options: argparse.Namespace, count: int, validation: int | None = None) -> tuple[Path, dict]:
-    """Folder and settings of the first seed's run with so many training sources, and validation ones, if not the scene's; the run itself where it has so many."""
+    """Folder and settings of the first seed's run with so many training sources, and validation ones; the run itself where it has so many."""
     values = yaml.safe_load(yaml_of(options.scene).read_text())
     wanted = {**values['sources'], 'train': count, 'validation': validation or values['sources']['validation']}
     if values['sources'] == wanted:
