@@ -1355,6 +1355,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'heimdall_train.report._compared': ('report.html#_compared', 'heimdall_train/report.py'),
                                        'heimdall_train.report._draw_receivers': ('report.html#_draw_receivers', 'heimdall_train/report.py'),
                                        'heimdall_train.report._ellipse': ('report.html#_ellipse', 'heimdall_train/report.py'),
+                                       'heimdall_train.report._label_distances': ( 'report.html#_label_distances',
+                                                                                   'heimdall_train/report.py'),
                                        'heimdall_train.report._verdict': ('report.html#_verdict', 'heimdall_train/report.py'),
                                        'heimdall_train.report.calibration_figure': ( 'report.html#calibration_figure',
                                                                                      'heimdall_train/report.py'),

@@ -184,8 +184,14 @@ class Network:
             axis = plt.subplots()[1]
         places = self.positions_enu(frame)[[each.has_position for each in self.receivers]] / 1000
         axis.scatter(places[:, 0], places[:, 1], marker='^', color='black', label='receiver')
+        axis.margins(0.12)
+        east, north = places[:, :2].T
         for receiver, place in zip(placed, places, strict=True):
-            axis.annotate(plain(receiver.name), place[:2], xytext=(4, 4), textcoords='offset points', fontsize=8)
+            beside = np.hypot(*(places[:, :2] - place[:2]).T) < 0.15 * np.ptp(places[:, :2], axis=0).max()
+            left = bool(place[0] > east.min() + 0.7 * np.ptp(east))  # a name that does not leave the map
+            below = bool((north[beside] > place[1]).any())  # nor meet its neighbour's
+            axis.annotate(plain(receiver.name), place[:2], xytext=(-4 if left else 4, -4 if below else 4), textcoords='offset points', fontsize=8,
+                          ha='right' if left else 'left', va='top' if below else 'bottom')
         if self.zone is not None:
             corners = np.array([[-0.5, 0.5, 0.5, -0.5, -0.5], [-0.5, -0.5, 0.5, 0.5, -0.5]]) * [[self.zone.width_m], [self.zone.height_m]] / 1000
             axis.plot(*corners, '--', color='tab:blue', label='zone')

@@ -101,9 +101,23 @@ def _draw_receivers(axis: Axes, receivers: np.ndarray, places: np.ndarray) -> No
     half = max(half, 1.1 * np.abs(offset[~far]).max(initial=0.0))
     shown = np.where(far[:, None], 0.93 * half * offset / np.maximum(np.abs(offset).max(axis=1, keepdims=True), 1e-9), offset) + centre
     axis.plot(*shown.T, '^', color=_GREEN, markeredgecolor='white', markersize=9, linestyle='', label='receiver', zorder=6)
-    for place, distance in zip(shown[far], np.hypot(*offset[far].T), strict=True):
-        axis.annotate(f'{distance:.0f} km', place, xytext=(0, 7), textcoords='offset points', ha='center', fontsize=8, color=_GREEN)
+    _label_distances(axis, (shown[far] - centre) / half, shown[far], np.hypot(*offset[far].T))
     axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
+
+
+def _label_distances(axis: Axes, border: np.ndarray, shown: np.ndarray, distance: np.ndarray) -> None:
+    "Distances of the receivers at the border (from -1 to 1), within the frame; one label for those that stand too close for two."
+    groups: list[list[int]] = []
+    for place in border:
+        near = [group for group in groups if (np.abs(border[group] - place) < (0.25, 0.13)).all(axis=1).any()]
+        groups = [group for group in groups if group not in near] + [sum(near, []) + [sum(map(len, groups))]]
+    for group in groups:
+        east, north = border[group].mean(axis=0)
+        low, high = (f'{end:.0f}' for end in (distance[group].min(), distance[group].max()))
+        side = 'left' if east < -0.7 else 'right' if east > 0.7 else 'center'
+        anchor = shown[group, 0].mean(), shown[group, 1].min() if north > 0.7 else shown[group, 1].max()
+        axis.annotate(f'{low} km' if low == high else f'{low}–{high} km', anchor, xytext=({'left': -8, 'right': 8}.get(side, 0), -7 if north > 0.7 else 7),
+                      textcoords='offset points', ha=side, va='top' if north > 0.7 else 'bottom', fontsize=8, color=_GREEN)
 
 # %% ../nbs/77_report.ipynb #27b40d90
 def error_cdf_figure(
@@ -140,12 +154,10 @@ def calibration_figure(
     title: str = '',  # of the figure
 ) -> Figure:  # observed over nominal coverage
     "Observed against nominal coverage of the ellipses, with the intervals of the evaluation's levels."
-    figure = ReportFigure(figsize=(5.2, 5), dpi=100, layout='constrained')
+    figure = ReportFigure(figsize=(5.2, 5.7), dpi=100, layout='constrained')
     axis = figure.add_subplot(aspect='equal', xlim=(0, 1), ylim=(0, 1), xlabel='promised: share of ellipses that should hold the truth',
                               ylabel='observed share', title=title)
-    axis.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=':', label='honest')
-    axis.text(0.97, 0.03, 'ellipses too small', ha='right', color=_GREY, fontsize=8)
-    axis.text(0.03, 0.95, 'ellipses too large', color=_GREY, fontsize=8)
+    axis.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=':', label='honest; below it the ellipses are too small, above it too large')
     levels = np.array(list(COVERAGE_LEVELS.values()))
     for place, (name, distance) in enumerate(squared.items()):
         colour = _BLUE if place == 0 else 'black' if name == 'anchor' else _OTHERS[(place - 1) % len(_OTHERS)]
@@ -158,7 +170,7 @@ def calibration_figure(
         axis.errorbar(levels, observed, [observed - low, high - observed], fmt='o', color=colour, markersize=4, capsize=3, linewidth=1.2,
                       zorder=10 - place)
     axis.grid(alpha=0.25)
-    axis.legend(loc='upper left', bbox_to_anchor=(0.01, 0.94), fontsize=8)
+    figure.legend(loc='outside lower center', fontsize=8, frameon=False)
     return figure
 
 # %% ../nbs/77_report.ipynb #a4c3926f

@@ -140,7 +140,8 @@ def belief_figure(
         axis, levels = figure.axes[0], np.array(list(told))
         axis.errorbar(levels, levels, [np.maximum(levels - low, 0), np.maximum(high - levels, 0)], fmt='none', color=_ORANGE, capsize=6, linewidth=1, zorder=11)
         axis.plot(levels, observed, 's', color=_ORANGE, markersize=5, label=f'conformal ellipses; bars: where they may lie ({sessions} sessions)', zorder=12)
-        axis.legend(loc='upper left', bbox_to_anchor=(0.01, 0.94), fontsize=8)
+        figure.legends[0].remove()
+        figure.legend(loc='outside lower center', fontsize=8, frameon=False)
     return figure
 
 
