@@ -113,9 +113,11 @@ def _connect(settings: S3Settings | None) -> tuple[S3Settings, Any]:
     "Settings, from the environment where there are none, and their client; `HeimdallError` where they cannot be right."
     from botocore.exceptions import BotoCoreError, PartialCredentialsError, ProfileNotFound
 
-    settings = settings or from_environment(S3Settings)
     try:
+        settings = settings or from_environment(S3Settings)
         return settings, s3_client(settings)
+    except HeimdallError as error:
+        reason = str(error)
     except PartialCredentialsError:
         reason = 'an access key without its secret key, or the other way round: set both, or neither'
     except ProfileNotFound:
