@@ -713,6 +713,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'heimdall_train.ingest._session': ('ingest.html#_session', 'heimdall_train/ingest.py'),
                                        'heimdall_train.ingest.check_place': ('ingest.html#check_place', 'heimdall_train/ingest.py'),
                                        'heimdall_train.ingest.check_share': ('ingest.html#check_share', 'heimdall_train/ingest.py'),
+                                       'heimdall_train.ingest.column_advice': ('ingest.html#column_advice', 'heimdall_train/ingest.py'),
                                        'heimdall_train.ingest.held_network': ('ingest.html#held_network', 'heimdall_train/ingest.py'),
                                        'heimdall_train.ingest.held_sessions': ('ingest.html#held_sessions', 'heimdall_train/ingest.py'),
                                        'heimdall_train.ingest.ingest_levels': ('ingest.html#ingest_levels', 'heimdall_train/ingest.py'),

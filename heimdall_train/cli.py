@@ -277,7 +277,7 @@ def ingest_callback(
 
 @ingest_app.command('levels')
 def ingest_levels_command(
-    table: Annotated[str, typer.Argument(help='Level table (CSV or Parquet) with receivers.csv beside it: a path, or s3://…')],
+    table: Annotated[str, typer.Argument(help='Level table (CSV or Parquet) with receivers.csv beside it, or the folder of levels.csv: a path, or s3://…')],
     catalog: CatalogOption = None,
     store: StoreOption = None,
     dataset: DatasetOption = None,

@@ -45,6 +45,7 @@ from .display import counted
 from .features import LevelData, level_data
 from .ingest import MAX_REJECTED, IngestReport, ingest_levels
 from .ingest_recordings import RecordingsReport, ingest_recordings
+from .iq_features import frame_layout
 from .network import HeimdallError, Network
 from .object_store import open_store
 from .recordings import simulate_sessions
@@ -194,6 +195,8 @@ def simulate(
     "Simulate the recordings of a scene into store and catalog; `HeimdallError` where the dataset holds something else."
     say = progress or (lambda line: None)
     scene = load_scene(name)
+    if scene.radio is not None:
+        frame_layout(scene.radio.sample_rate, round(scene.radio.sample_rate * scene.radio.duration_s))  # raises where that is too short to be used
     counts = part_counts(scene, sessions)
     catalog, store, dataset = Catalog(config.catalog), open_store(config.store), config.dataset or scene.name
     origin = f'scene {scene.name}, seed {config.seed}, physics {scene_digest(scene)}'
@@ -502,7 +505,5 @@ def graph_inputs(
         catalog = Catalog(config.catalog)
         read = with_samples(catalog.sessions(config.dataset, ids), open_store(config.store), lambda line: None)
         by_id = {session.id: fitting(session, (data.sample_rate, data.samples), lambda line: None) for session in read}
-        if gone := [identifier for identifier in ids if identifier not in by_id]:
-            raise HeimdallError(f'session {gone[0]} is not in dataset {config.dataset} any more: train again')
         sessions = [by_id[identifier] for identifier in ids]  # a catalog has an order of its own
     return recording_inputs(sessions, data.network)

@@ -218,7 +218,8 @@ def _explain(name: str, error: SQLAlchemyError, seconds: float) -> HeimdallError
     reason = ' '.join(first.split())
     advice = _STATES.get(_state(error)) or next((advice for words, advice in _WORDS.items() if words in reason), 'check the server and its log')
     tried = f' (tried for {seconds:.0f} s)' if _passes(error) and seconds >= 1 else ''
-    return (CatalogUnreachable if _passes(error) else HeimdallError)(f'catalog {name}: {reason}: {advice}{tried}')
+    lasting = any(words in reason for words in ('authentication failed', 'no password supplied', 'does not exist'))
+    return (CatalogUnreachable if _passes(error) and not lasting else HeimdallError)(f'catalog {name}: {reason}: {advice}{tried}')
 
 # %% ../nbs/14_database.ipynb #6ac9b4bf
 class PostgresDatabase:

@@ -250,7 +250,7 @@ def _plain_text(text: str) -> Any:
     "What a reader takes a text for: itself, unless it is JSON."
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

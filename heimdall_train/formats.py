@@ -269,7 +269,7 @@ def on_axis(
     if sample_rate > 1.001 * rate:
         raise HeimdallError(f'{where} has {rate:.0f} samples a second and {sample_rate:.0f} are wanted: the band beyond its own would pass for silence; '
                             'give sample_rate as the lowest of the receivers')
-    if sample_rate < rate / 1000:
+    if sample_rate < rate / 1e5:
         raise HeimdallError(f'{where} has {rate:.0f} samples a second and {sample_rate:g} are wanted: sample_rate is in samples a second')
     last = begin + (samples - 1) / sample_rate
     if begin < -0.5 / rate or last > (len(iq) - 0.5) / rate:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEVEL_RANGE_DB', 'PARQUET', 'MAX_REJECTED', 'Reject', 'TooManyRejects', 'BadCell', 'quoted', 'parse_number',
            'parse_time', 'known_source', 'parse_level_table', 'check_place', 'says_the_same', 'table_rows', 'table_key',
-           'read_level_table', 'read_table', 'IngestReport', 'ingest_levels', 'held_sessions', 'held_network',
-           'check_share', 'read_levels_to_locate', 'read_split_file']
+           'column_advice', 'read_level_table', 'read_table', 'IngestReport', 'ingest_levels', 'held_sessions',
+           'held_network', 'check_share', 'read_levels_to_locate', 'read_split_file']
 
 # %% ../nbs/20_ingest.ipynb #7f9d9f9b
 import csv
@@ -173,13 +173,13 @@ def check_place(
     source: Source,  # of a session
     network: Network,  # whose receivers heard it
 ) -> None:
-    "`BadCell` where a source would be near the receivers if its latitude and longitude were exchanged, and is far from them as it is."
+    "`BadCell` where a source would be within a degree of a receiver if its latitude and longitude were exchanged, and is far from all as it is."
     places = [(receiver.latitude, receiver.longitude) for receiver in network.receivers if receiver.latitude is not None and receiver.longitude is not None]
     if not places or abs(source.longitude) > 90:
         return
     given = source.latitude, source.longitude
     apart, exchanged = (min(math.dist(place, point) for place in places) for point in (given, given[::-1]))
-    if apart > 5 and exchanged < apart / 5:  # in degrees: some hundred kilometres
+    if apart > 5 and exchanged < 1:  # degrees, some hundred kilometres: few places on earth are so by chance
         raise BadCell(f'lat {source.latitude} and lon {source.longitude} are far from all receivers, and would not be if they were exchanged')
 
 
@@ -247,6 +247,17 @@ def _parquet_rows(content: bytes, where: str) -> Iterator[list[str]]:
         raise HeimdallError(f'{where}: a damaged Parquet file ({quoted(" ".join(str(error).split()))}): write it again') from error
 
 
+def column_advice(
+    names: list[str],  # of the columns that are there
+    missing: list[str],  # names that are not
+) -> str:  # ends in ': ', or is empty
+    "What may be the reason that columns are missing."
+    if len(names) == 1 and (mark := next((mark for mark in ';\t' if mark in names[0]), '')):
+        return f'they are separated by {"semicolons" if mark == ";" else "tabs"}: save it with commas between columns and points in numbers: '
+    meant = ', '.join(f'{name} for {other}' for name, other in (('lat', 'latitude'), ('lon', 'longitude')) if name in missing and other in names)
+    return f'write {meant}: ' if meant else ''
+
+
 def _header(cells: list[str], network: Network, where: str, needed: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
     "Place of each column, and the receivers that have one, in the network's order."
     names = [cell.strip() for cell in cells]
@@ -254,13 +265,8 @@ def _header(cells: list[str], network: Network, where: str, needed: tuple[str, .
         raise HeimdallError(f'{where} is empty: expected the columns {",".join(needed)} and one for each receiver')
     missing = [name for name in needed if name not in names]
     if missing:
-        for mark, what in ((';', 'semicolons'), ('\t', 'tabs')):
-            if mark in ''.join(cells):
-                raise HeimdallError(f'{where}: its columns are separated by {what}: save it with commas between columns and points in numbers')
-        meant = ', '.join(f'{name} for {other}' for name, other in (('lat', 'latitude'), ('lon', 'longitude')) if name in missing and other in names)
-        if meant:
-            raise HeimdallError(f'{where}: name the columns {meant}: expected {",".join(needed)} and one for each receiver')
-        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: expected {",".join(needed)} and one for each receiver')
+        advice = f'{column_advice(names, missing)}expected {",".join(needed)} and one for each receiver'
+        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: {advice}')
     for place, name in enumerate(names, start=1):
         if not name or name in names[:place - 1]:
             reason = f'is a second {quoted(name)}' if name else 'has no name'
@@ -345,7 +351,8 @@ def ingest_levels(
 ) -> IngestReport:  # what was added, and what was set aside
     "Add a level table to a dataset, all usable rows or none; `TooManyRejects` where more than a fifth is unusable."
     path = Path(path)
-    path = path / 'levels.csv' if path.is_dir() else path
+    if path.is_dir():
+        path /= 'levels.parquet' if (path / 'levels.parquet').is_file() and not (path / 'levels.csv').is_file() else 'levels.csv'
     content, receivers = read_table(path, network)
     dataset = dataset or (path.resolve().parent.name if path.stem == 'levels' else path.stem)
     held, stored = held_sessions(catalog, dataset), held_network(catalog, receivers.name)

@@ -32,6 +32,7 @@ from heimdall_train.ingest import (
     Reject,
     check_place,
     check_share,
+    column_advice,
     held_network,
     held_sessions,
     known_source,
@@ -226,10 +227,10 @@ def _row(line: int, cells: dict[str, str], network: Network, located: bool = Tru
     recording = Recording(receiver, sample_rate=rate, start_offset=_within_a_day(cells['start_offset'], 'start_offset'), clock_error_s=clock_error)
     frequency = _above_zero(cells['frequency_hz'], 'frequency_hz') if cells['frequency_hz'] else None
     duration = _above_zero(cells['duration_s'], 'duration_s') if cells.get('duration_s') else None
-    if duration is not None and not 64 <= duration * rate <= 1e9:
-        raise BadCell(f'{duration:g} s at a sample_rate of {rate:g} are {duration * rate:.3g} samples: seconds, and samples a second')
     if duration is None and Path(file).suffix.lower() in READERS:
         raise BadCell('duration_s is missing: it says how much of a file of this format is wanted')
+    if duration is not None and Path(file).suffix.lower() in READERS and not 64 <= duration * rate <= 1e9:
+        raise BadCell(f'{duration:g} s at a sample_rate of {rate:g} are {duration * rate:.3g} samples: seconds, and samples a second')
     session = Session(session_id, parse_time(cells['started_at']), source, (recording,), frequency)
     return _Row(line, file, session.id, session.started_at, frequency, source, recording, duration)
 
@@ -268,7 +269,7 @@ def _columns(cells: list[str], where: str, located: bool) -> list[str]:
     needed = _NEEDED if located else tuple(name for name in _NEEDED if name not in _OF_SOURCE)
     missing = [name for name in needed if name not in names]
     if missing:
-        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: expected {",".join(needed)}')
+        raise HeimdallError(f'{where}: column {", ".join(missing)} missing: {column_advice(names, missing)}expected {",".join(needed)}')
     for place, name in enumerate(names):
         if name not in _NEEDED + _OPTIONAL or name in names[:place]:
             raise HeimdallError(f'{where}: column {place + 1}, {quoted(name)}, is {"there twice" if name in names[:place] else "unknown"}: mend the header')

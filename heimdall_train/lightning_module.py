@@ -22,7 +22,8 @@ from .network import HeimdallError
 
 # %% ../nbs/71_lightning_module.ipynb #2894dead
 PINNED, COMPROMISED = '2.6.6', ('2.6.2', '2.6.3')
-INSTALL = 'pip install --require-hashes --no-deps -r requirements-lightning.txt in a clone of heimdall-train'
+INSTALL = ('pip install lightning-utilities torchmetrics, then in a clone of heimdall-train '
+           'pip install --require-hashes --no-deps -r requirements-lightning.txt')
 
 
 def check_lightning() -> str:  # the version

@@ -142,7 +142,7 @@ def _to_locate(path: Path, answerer: Answerer, allow_rejects: bool) -> tuple[lis
         kept = []
         for recording in session.recordings:
             if reason := _misfit(recording, answerer):
-                rejects.append(FileReject(None, session.id, reason, recording.iq_uri or ''))
+                rejects.append(FileReject(None, session.id, f'session {session.id}, receiver {recording.receiver}: {reason}', recording.iq_uri or ''))
             else:
                 kept.append(recording)
         if kept:

@@ -140,7 +140,8 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     validated = _conclude(model, data, training, anchors, folds, tuning, held_out, refit)
     radii = dict(zip(COVERAGE_LEVELS, model.conformal_radii.tolist(), strict=True))
     if short := [f'{key} %' for key, radius in radii.items() if not np.isfinite(radius)]:
-        say(f'{len(held_out)} validation sessions are too few to learn the ellipses of {", ".join(short)} from: those are a Gaussian\'s, and may not hold')
+        why = f'{len(held_out)} validation sessions are too few to learn the ellipses of {", ".join(short)} from'
+        say(f"{why}: those are a Gaussian's, or as large as the next smaller one, and may not hold")
     if float(model.variance_scale) < 0.0101:
         say('by what sources are off as stated (error_m) alone the model would err more than it does: is error_m a standard deviation, in metres?')
     record = {

@@ -141,8 +141,13 @@ class Scene:
             raise HeimdallError(f'scene {self.name}: with a radio, a network and a clock must be given')
         if self.radio is not None and bed:
             raise HeimdallError(f'scene {self.name}: {", ".join(bed)} belong to a test bed: leave them out of a scene with a radio')
-        if self.radio is not None and self.radio.sample_rate * self.radio.duration_s < 64:
-            raise HeimdallError(f'scene {self.name}: a recording of {self.radio.duration_s:g} s has fewer than 64 samples: make duration_s longer')
+        if not (self.zone.width_m > 0 and self.zone.height_m > 0 and self.map_pitch_m > 0):
+            raise HeimdallError(f'scene {self.name}: the zone and map_pitch_m must be larger than zero')
+        pairs = ((self.fading, 'lowest_k_db', 'highest_k_db'), (self.interference, 'lowest_db', 'highest_db'), (self.interference, 'shortest', 'longest'),
+                 (self.clock_faults, 'smallest_s', 'largest_s'))
+        for group, low, high in pairs:
+            if group is not None and getattr(group, low) > getattr(group, high):
+                raise HeimdallError(f'scene {self.name}: {low} is above {high}: exchange them')
 
 # %% ../nbs/24_scene.ipynb #f818ed32
 def _number(value: Any, kind: type, where: str) -> float | int | bool:
