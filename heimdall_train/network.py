@@ -267,6 +267,8 @@ class Network:
         missing = {'name', 'lat', 'lon'} - set(rows[0][1] if rows else {})
         if missing:
             raise HeimdallError(f'{path}: column {", ".join(sorted(missing))} missing, or no row: expected name,lat,lon')
+        if unknown := [column for column in reader.fieldnames or () if column not in ('name', 'lat', 'lon', 'altitude')]:
+            raise HeimdallError(f'{path}: column {unknown[0]!r} is unknown: expected name,lat,lon and optionally altitude; rename it, or drop it')
         receivers = []
         for line, row in rows:
             try:
