@@ -828,7 +828,7 @@ def demo(
     _next(
         f'open {folder / "report" / "report.html"} in a browser',
         f'heimdall-train verify {folder / "bundle"}',
-        f'heimdall-train predict YOUR/recordings.csv --model {folder / "bundle"}',
+        f'heimdall-train predict YOUR_FOLDER --model {folder / "bundle"}',
         *(() if scene else ('heimdall-train ingest levels YOUR/levels.csv', 'jupyter lab nbs/tutorials/recordings.ipynb')),
         f'mlflow ui --backend-store-uri sqlite:///{folder.parent / "mlflow.db"}',
     )
