@@ -1223,6 +1223,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'heimdall_train.pipeline._area': ('pipeline.html#_area', 'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._as_begun': ('pipeline.html#_as_begun', 'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._conclude': ('pipeline.html#_conclude', 'heimdall_train/pipeline.py'),
+                                         'heimdall_train.pipeline._doubts': ('pipeline.html#_doubts', 'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._evaluation_table': ( 'pipeline.html#_evaluation_table',
                                                                                         'heimdall_train/pipeline.py'),
                                          'heimdall_train.pipeline._fitting': ('pipeline.html#_fitting', 'heimdall_train/pipeline.py'),

@@ -139,11 +139,8 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
     trained = (len(history) - learner.first_epoch) * len(training)  # in this process
     validated = _conclude(model, data, training, anchors, folds, tuning, held_out, refit)
     radii = dict(zip(COVERAGE_LEVELS, model.conformal_radii.tolist(), strict=True))
-    if short := [f'{key} %' for key, radius in radii.items() if not np.isfinite(radius)]:
-        why = f'{len(held_out)} validation sessions are too few to learn the ellipses of {", ".join(short)} from'
-        say(f"{why}: those are a Gaussian's, or as large as the next smaller one, and may not hold")
-    if float(model.variance_scale) < 0.0101:
-        say('by what sources are off as stated (error_m) alone the model would err more than it does: is error_m a standard deviation, in metres?')
+    for doubt in _doubts(radii, len(held_out), float(model.variance_scale)):
+        say(doubt)
     record = {
         'kind': 'timed' if isinstance(data, TimedData) else 'levels',
         'epoch': model.description['epoch'] + 1,
@@ -155,6 +152,17 @@ def _train_model(config: Config, data: LevelData, split: Split, run, say, saved:
         'conformal': {'sessions': len(held_out), 'radii': {key: radius if np.isfinite(radius) else None for key, radius in radii.items()}},
     }
     return model, record
+
+
+def _doubts(radii: dict[str, float], sessions: int, scale: float) -> list[str]:
+    "Why a calibration may not be what it seems: of conformal radii by level, from so many sessions, and the variance scale."
+    doubts = []
+    if short := [f'{key} %' for key, radius in radii.items() if not np.isfinite(radius)]:
+        why = f'{sessions} validation sessions are too few to learn the ellipses of {", ".join(short)} from'
+        doubts.append(f"{why}: those are a Gaussian's, or as large as the next smaller one, and may not hold")
+    if scale < 0.0101:  # as small as it may be
+        doubts.append('by what sources are off as stated (error_m) alone the model would err more than it does: is error_m a standard deviation, in metres?')
+    return doubts
 
 
 def _halves(validation: LevelData, frame, seed: int) -> tuple[LevelData, LevelData]:
